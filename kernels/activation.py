@@ -58,7 +58,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](x)
 
 
-def _activation_cost(x, kind) -> Cost:
+def _activation_cost(x: Tensor, kind: str) -> Cost:
     return Cost(8 * numel(x), 2 * nbytes(x))
 
 
@@ -68,7 +68,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return activate(x, kind)
 
 
-def _glu_cost(gate, up, kind) -> Cost:
+def _glu_cost(gate: Tensor, up: Tensor, kind: str) -> Cost:
     return Cost(9 * numel(gate), nbytes(gate, up) + numel(gate) * gate.element_size())
 
 

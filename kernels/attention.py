@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from .cost import Cost, nbytes, numel, sizes
+from .cost import Cost, nbytes, sizes
 from .op import define
 
 
@@ -21,7 +21,17 @@ def visible_pairs(queries: sympy.Expr, keys: sympy.Expr, left: int, right: int) 
 
 
 def _attention_cost(
-    q, k, v, mask=None, bias=None, key_mask=None, sinks=None, scale=1.0, left=-1, right=-1, softcap=0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float = 1.0,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
 ) -> Cost:
     batch, heads, queries, width = sizes(q)
     keys, value_width = sizes(v)[2:]

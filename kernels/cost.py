@@ -12,8 +12,8 @@ import torch
 class Cost:
     """`flops`: multiplications and additions, each counted as one. `bytes`: each input read once, each output written once."""
 
-    flops: sympy.Expr = sympy.Integer(0)
-    bytes: sympy.Expr = sympy.Integer(0)
+    flops: sympy.Expr = sympy.S.Zero
+    bytes: sympy.Expr = sympy.S.Zero
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)

@@ -10,7 +10,7 @@ from .cost import Cost, nbytes, numel
 from .op import define
 
 
-def _layer_norm_cost(x, weight, bias, eps) -> Cost:
+def _layer_norm_cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
     return Cost(8 * numel(x), nbytes(x, weight, bias) + numel(x) * x.element_size())
 
 
@@ -20,7 +20,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def _add_layer_norm_cost(x, residual, weight, bias, eps) -> Cost:
+def _add_layer_norm_cost(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
     added = Cost(numel(x), nbytes(residual) + numel(x) * torch.promote_types(x.dtype, residual.dtype).itemsize)
     return _layer_norm_cost(x, weight, bias, eps) + added
 

@@ -10,7 +10,7 @@ from .cost import Cost, nbytes, numel, sizes
 from .op import define
 
 
-def _linear_act_cost(x, weight, bias, kind) -> Cost:
+def _linear_act_cost(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Cost:
     n, k = sizes(weight)
     rows = numel(x) / k
     return Cost(2 * rows * n * k + 8 * rows * n, nbytes(x, weight, bias) + rows * n * x.element_size())
@@ -23,7 +23,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Ten
     return y if kind == "identity" else activate(y, kind)
 
 
-def _gate_up_cost(x, weight, bias, kind) -> Cost:
+def _gate_up_cost(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Cost:
     n, k = sizes(weight)
     rows = numel(x) / k
     return Cost(2 * rows * n * k + 9 * rows * n / 2, nbytes(x, weight, bias) + rows * n / 2 * x.element_size())

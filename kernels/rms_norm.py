@@ -6,6 +6,7 @@ Models differ in where they round: before the weight (llama), after it (gemma, O
 
 from __future__ import annotations
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -51,12 +52,19 @@ def result_dtype(
 
 def _out_bytes(
     x: Tensor, weight: Tensor | None, offset: float, mid_dtype: torch.dtype | None, out_dtype: torch.dtype | None
-):
+) -> sympy.Expr:
     out = result_dtype(x.dtype, None if weight is None else weight.dtype, offset, mid_dtype, out_dtype)
     return numel(x) * out.itemsize
 
 
-def _rms_norm_cost(x, weight, eps, offset=0.0, mid_dtype=None, out_dtype=None) -> Cost:
+def _rms_norm_cost(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    mid_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Cost:
     return Cost(4 * numel(x), nbytes(x, weight) + _out_bytes(x, weight, offset, mid_dtype, out_dtype))
 
 
@@ -77,7 +85,15 @@ def rms_norm(
     return normalize(x, weight, eps, offset, mid_dtype, out_dtype)
 
 
-def _add_rms_norm_cost(x, residual, weight, eps, offset=0.0, mid_dtype=None, out_dtype=None) -> Cost:
+def _add_rms_norm_cost(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    mid_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Cost:
     return _rms_norm_cost(x, weight, eps, offset, mid_dtype, out_dtype) + Cost(
         numel(x), nbytes(residual) + numel(x) * torch.promote_types(x.dtype, residual.dtype).itemsize
     )

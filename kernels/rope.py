@@ -29,14 +29,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, compute_dtype: torc
     return y if width == x.shape[-1] else torch.cat((y, x[..., width:]), dim=-1)
 
 
-def _rope_cost(x, cos, sin, layout="half", compute_dtype=None) -> Cost:
+def _rope_cost(
+    x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half", compute_dtype: torch.dtype | None = None
+) -> Cost:
     return Cost(3 * numel(x), 2 * nbytes(x) + nbytes(cos, sin))
 
 
 @define(cost=_rope_cost)
-def rope(
-    x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half", compute_dtype: torch.dtype | None = None
-) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half", compute_dtype: torch.dtype | None = None) -> Tensor:
     """`x * cos + rotated(x) * sin` on the first R = cos.shape[-1] of the last dimension; the rest passes through.
 
     x `[..., D]`, R even and at most D; cos and sin broadcast to `x[..., :R]`. Layout "half" pairs element i with
@@ -47,7 +47,15 @@ def rope(
 
 
 def _norm_rope_cost(
-    x, weight, cos, sin, eps, offset=0.0, mid_dtype=None, out_dtype=None, layout="half"
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    mid_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    layout: str = "half",
 ) -> Cost:
     return Cost(7 * numel(x), 2 * nbytes(x) + nbytes(weight, cos, sin))
 
