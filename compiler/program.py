@@ -1,0 +1,151 @@
+"""What a captured model is to the compiler: one functional ATen graph and the meaning of its inputs and outputs."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class InputKind(enum.Enum):
+    """Where the value of a placeholder comes from when the graph is called."""
+
+    USER = "user"
+    """A tensor argument of the call; `target` is the keyword of the model's forward."""
+    PARAMETER = "parameter"
+    """`target` is the qualified name in the module (`model.layers.0.mlp.up_proj.weight`)."""
+    BUFFER = "buffer"
+    """`target` is the qualified name; persistent or not."""
+    CONSTANT = "constant"
+    """A tensor made during capture; `value` holds it."""
+    PACKED = "packed"
+    """Computed once from weights by `recipe`; `target` is a name for it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a packed weight is computed: `graph(*sources) -> Tensor`.
+
+    `concatenation` is true where the result is the sources laid one behind the other along dim 0: then the sources
+    can become views of it and nothing is stored twice.
+    """
+
+    graph: fx.GraphModule
+    sources: tuple[str, ...]
+    concatenation: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder of `Program.gm`, in order."""
+
+    name: str
+    kind: InputKind
+    target: str
+    value: torch.Tensor | None = None
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know about the capture: which module, what, and the line in the model's source."""
+
+    module: str
+    message: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What the graph takes for one tensor argument: a dimension is a size, or the name of a symbol in `Limits`."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass
+class Limits:
+    """For which arguments a captured graph is right.
+
+    `ranges` bounds each symbol, both ends included (`None` = no upper bound); `reasons` says where an upper bound that
+    a person can run into comes from (learned positions). `conditions` are further checks on the tensors by keyword,
+    with the text they came from.
+    """
+
+    tensors: dict[str, Guard] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    conditions: list[tuple[str, Callable[[dict[str, torch.Tensor]], bool]]] = field(default_factory=list)
+
+    def violation(self, tensors: dict[str, torch.Tensor]) -> str | None:
+        """Why the graph cannot serve these tensors (by keyword), or `None`."""
+        if tensors.keys() != self.tensors.keys():
+            return f"captured for {sorted(self.tensors)}, called with {sorted(tensors)}"
+        sizes: dict[str, int] = {}
+        for name, guard in self.tensors.items():
+            tensor = tensors[name]
+            if tensor.dtype != guard.dtype:
+                return f"{name} has dtype {tensor.dtype}, captured with {guard.dtype}"
+            if tensor.dim() != len(guard.shape):
+                return f"{name} has {tensor.dim()} dimensions, captured with {len(guard.shape)}"
+            for dim, (size, wanted) in enumerate(zip(tensor.shape, guard.shape, strict=True)):
+                if isinstance(wanted, int):
+                    if size != wanted:
+                        return f"dimension {dim} of {name} is {size}, captured with {wanted}"
+                    continue
+                if sizes.setdefault(wanted, size) != size:
+                    return f"dimension {dim} of {name} is {size}, but {sizes[wanted]} was expected from another input"
+                low, high = self.ranges.get(wanted, (1, None))
+                if size < low or (high is not None and size > high):
+                    reason = self.reasons.get(wanted, "the captured graph's range")
+                    return f"dimension {dim} of {name} is {size}, outside {low} to {high} ({reason})"
+        for text, holds in self.conditions:
+            if not holds(tensors):
+                return f"the captured graph needs {text}"
+        return None
+
+    def too_long(self, tensors: dict[str, torch.Tensor]) -> str | None:
+        """A sentence where a dimension is longer than the model itself allows (learned positions), else `None`."""
+        for name, guard in self.tensors.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.dim() != len(guard.shape):
+                continue
+            for dim, (size, symbol) in enumerate(zip(tensor.shape, guard.shape, strict=True)):
+                if isinstance(symbol, str) and symbol in self.reasons:
+                    high = self.ranges[symbol][1]
+                    if high is not None and size > high:
+                        return f"dimension {dim} of {name} is {size}; {self.reasons[symbol]} allow at most {high}"
+        return None
+
+
+@dataclass
+class Program:
+    """A captured forward.
+
+    `gm.graph` has one placeholder for each of `inputs`, is functional, and returns a flat tuple; `rebuild` turns that
+    tuple into the object the model's forward returns. Every node has `meta["val"]` (fake tensor or SymInt).
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Input]
+    rebuild: Callable[[Sequence[Any]], Any]
+    notes: list[Note] = field(default_factory=list)
+    example: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors for the USER inputs by keyword, of the shapes used at capture."""
+    limits: Limits = field(default_factory=Limits)
+    """Which other arguments the graph serves."""
+    cache: bool = False
+    """Whether `rebuild` returns a key-value cache built from outputs of the graph."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def placeholder_inputs(self) -> dict[fx.Node, Input]:
+        """Each placeholder node with its meaning."""
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return dict(zip(nodes, self.inputs, strict=True))

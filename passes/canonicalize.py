@@ -1,0 +1,217 @@
+"""Remove what model code and export leave behind, so that each idea has one spelling before rules look for it.
+
+    _assert_*, no-op cast / expand / slice / view / clone / dropout, x + 0, x * 1      -> gone
+    view, _unsafe_view, flatten                                                        -> reshape (a clone before it is then void)
+    to.dtype, type_as                                                                  -> _to_copy(dtype=)
+    equal nodes                                                                        -> one node
+
+What the assertions guarded (sizes and their equality) is checked at the runtime's entry instead.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.opset import CASTS, RESHAPES, Role, role_of
+from ..compiler.program import Program
+from ..compiler.records import PassResult
+from ..compiler.rule import Stage
+
+aten = torch.ops.aten
+
+_ASSERTIONS = frozenset(
+    [
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.msg,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    ]
+)
+_PASS_THROUGH = frozenset([aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default])
+_DROPOUTS = frozenset([aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default])
+
+
+def canonicalize(program: Program) -> PassResult:
+    """Clean the program's graph in place; `removed` counts what went, by kind."""
+    started = time.perf_counter()
+    graph, removed = program.graph, Counter[str]()
+    result = PassResult("canonicalize", Stage.CANONICALIZE.name, nodes_before=len(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not node._erased:
+            _simplify(graph, node, removed)
+    for _ in range(3):
+        if not _merge_equal(graph, removed) + _merge_reshapes(graph, removed):
+            break
+    graph.eliminate_dead_code()
+    graph.lint()
+    program.gm.recompile()
+    result.removed = dict(removed)
+    result.nodes_after = len(graph.nodes)
+    result.time_s = time.perf_counter() - started
+    return result
+
+
+def same_tensor(a: Any, b: Any) -> bool:
+    """Equal dtype, device and shape, symbolic sizes compared by expression (asking nothing of the shape environment)."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Two sizes that are the same number or the same expression."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return isinstance(a, int) and isinstance(b, int) and a == b
+
+
+def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
+    target = node.target
+    if target in _ASSERTIONS:
+        graph.erase_node(node)
+        removed["assertion"] += 1
+        return
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return
+    source = node.args[0]
+    if target in CASTS and target is not aten._to_copy.default:
+        _to_cast(node)
+    elif target in RESHAPES or target is aten.flatten.using_ints:
+        _to_reshape(graph, node)
+    kind = _no_op(node, source)
+    if kind is not None:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        removed[kind] += 1
+
+
+def _to_cast(node: fx.Node) -> None:
+    node.target = aten._to_copy.default
+    node.args, node.kwargs = (node.args[0],), {"dtype": node.meta["val"].dtype}
+
+
+def _to_reshape(graph: fx.Graph, node: fx.Node) -> None:
+    if node.target is aten.flatten.using_ints:
+        sizes = _sizes_from(graph, node)
+        if sizes is None:
+            return
+        node.args, node.kwargs = (node.args[0], sizes), {}
+    node.target = aten.reshape.default
+
+
+def _sizes_from(graph: fx.Graph, node: fx.Node) -> list[Any] | None:
+    """Sizes of a flattened tensor with at most the flattened one (-1) unknown; None where two are symbolic there."""
+    source, value = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    rank = source.dim()
+    start, end = (int(d) % rank for d in (*node.args[1:], *(0, -1)[len(node.args) - 1 :]))  # type: ignore[arg-type]
+    if rank == 0 or value.dim() != rank - (end - start):
+        return None
+    sizes: list[Any] = []
+    for i in range(value.dim()):
+        if i == start and end > start:
+            sizes.append(-1)
+        elif isinstance(value.shape[i], int):
+            sizes.append(value.shape[i])
+        else:
+            with graph.inserting_before(node):
+                dim = graph.call_function(aten.sym_size.int, (node.args[0], i if i < start else i + end - start))
+            dim.meta["val"] = value.shape[i]
+            sizes.append(dim)
+    return sizes
+
+
+def _no_op(node: fx.Node, source: fx.Node) -> str | None:
+    """What kind of nothing the node does, or None."""
+    target = node.target
+    if target in _DROPOUTS and not _argument(node, 2, "train", False):
+        return "dropout"
+    if not same_tensor(source.meta.get("val"), node.meta.get("val")):
+        return None
+    if target in _PASS_THROUGH:
+        return "alias"
+    if target in CASTS:
+        return "no-op cast"
+    if target is aten.clone.default:
+        return "clone"
+    if target in RESHAPES:
+        return "no-op reshape"
+    if target is aten.expand.default:
+        return "no-op expand"
+    if target is aten.slice.Tensor and _argument(node, 4, "step", 1) == 1:
+        return "no-op slice"
+    if target in (aten.add.Tensor, aten.sub.Tensor) and len(node.args) > 1 and _is_number(node.args[1], 0):
+        return "add 0"
+    if target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2 and not node.kwargs and _is_number(node.args[1], 1):
+        return "multiply by 1"
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _is_number(value: Any, number: int) -> bool:
+    return isinstance(value, int | float) and value == number
+
+
+def _merge_equal(graph: fx.Graph, removed: Counter[str]) -> int:
+    """Common subexpressions: the later of two equal calls reads the earlier."""
+    seen: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not _is_deterministic(node):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            merged += 1
+    if merged:
+        removed["common subexpression"] += merged
+    return merged
+
+
+def _is_deterministic(node: fx.Node) -> bool:
+    if node.target in (operator.getitem, aten.sym_size.int) or getattr(node.target, "__module__", "") in ("_operator", "torch", "math"):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or role_of(node) is Role.MUTATE:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value).__name__, value) if isinstance(value, bool | int | float) else value
+
+
+def _merge_reshapes(graph: fx.Graph, removed: Counter[str]) -> int:
+    """A reshape of a reshape reads the first one's source; one that gives back its source's shape goes."""
+    merged = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.reshape.default:
+            continue
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source.target is aten.reshape.default:
+            node.update_arg(0, source.args[0])
+            source = source.args[0]
+            merged += 1
+        if isinstance(source, fx.Node) and same_tensor(source.meta.get("val"), node.meta.get("val")):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            merged += 1
+    if merged:
+        removed["reshape of a reshape"] += merged
+    return merged
