@@ -68,7 +68,8 @@ def attention(
 ) -> Tensor:
     """`softmax(softcap(q @ k^T * scale) + bias, masked) @ v`, returned as `[B, Q, H, Dv]` contiguous in v's dtype.
 
-    q `[B, H, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`; H a multiple of Hkv, head h reads kv head h // (H // Hkv).
+    q `[B, H, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`; H a multiple of Hkv, head h reads kv head
+    h // (H // Hkv).
 
     * Query i stands at key position p = i + (K - Q). Key j is visible where `left < 0 or j >= p - left` and
       `right < 0 or j <= p + right` (FlashAttention's convention: causal is `right=0`).

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """`flops`: multiplications and additions, each counted as one. `bytes`: each input read once, each output written once."""
+    """`flops`: each multiplication and addition counted as one. `bytes`: inputs read once, outputs written once."""
 
     flops: sympy.Expr = sympy.S.Zero
     bytes: sympy.Expr = sympy.S.Zero

@@ -72,5 +72,5 @@ def norm_rope(
     out_dtype: torch.dtype | None = None,
     layout: str = "half",
 ) -> Tensor:
-    """`rope(rms_norm(x, weight, eps, offset, mid_dtype, out_dtype), cos, sin, layout)`: the q/k norm of Qwen 3, Gemma 3."""
+    """`rope(rms_norm(x, weight, eps, offset, mid_dtype, out_dtype), cos, sin, layout)`, as on q and k."""
     return rotate(normalize(x, weight, eps, offset, mid_dtype, out_dtype), cos, sin, layout, None)

@@ -1,0 +1,147 @@
+"""Tuned configurations, which are data: one file per device in `tuning/`, and `default.json` for all others.
+
+    {"kernels": {"attention": [{"where": {"D": [1, 64], "bytes": [2, 2]},
+                                "config": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}}, ...]}}
+
+Entries are tried in order, the device's own before the default ones. An entry fits when every feature in `where` lies
+in its inclusive range and when its need of shared memory, which the kernel's module computes, is within the device's
+limit. Nothing is timed at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+DIRECTORY: Final = Path(__file__).parent / "tuning"
+DEFAULT: Final = "default"
+MANY: Final = 1 << 30
+"""Stands for a size that is not known when a configuration is looked for."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes by name, warps per program and pipeline stages."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        sizes = (*self.blocks, ("num_warps", self.num_warps))
+        for name, value in sizes:
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
+
+    def __getitem__(self, block: str) -> int:
+        return dict(self.blocks)[block]
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of the launch."""
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration and the range of each feature for which it was made."""
+
+    where: tuple[tuple[str, int, int], ...]
+    config: Config
+
+    def matches(self, features: Mapping[str, int]) -> bool:
+        """Whether every feature that `where` names is in its range; a name that is no feature is an error."""
+        return all(low <= features[name] <= high for name, low, high in self.where)
+
+
+SharedMemory = Callable[[Config], int]
+"""An upper bound of the bytes of shared memory that one program needs."""
+
+
+def parse(text: str) -> dict[str, tuple[Entry, ...]]:
+    """The entries by kernel. Raises `ValueError`, `KeyError` or `TypeError` on a malformed file."""
+    return {kernel: tuple(_entry(e) for e in entries) for kernel, entries in json.loads(text)["kernels"].items()}
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    blocks = dict(data["config"])
+    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+    where = tuple((name, int(low), int(high)) for name, (low, high) in data.get("where", {}).items())
+    return Entry(where, Config(tuple(blocks.items()), warps, stages))
+
+
+def device_file(name: str) -> str:
+    """`NVIDIA H200` -> `nvidia_h200`."""
+    return "_".join(name.lower().replace("-", " ").split())
+
+
+@functools.cache
+def load(name: str) -> Mapping[str, tuple[Entry, ...]]:
+    """The entries of one file of `tuning/`; empty when there is none for that device."""
+    path = DIRECTORY / f"{name}.json"
+    return parse(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[str, int | None]:
+    """Name of the tuning file and bytes of shared memory a program may have; `None` = no limit (interpreter)."""
+    if device.type != "cuda":
+        return DEFAULT, None
+    properties = torch.cuda.get_device_properties(device)
+    return device_file(properties.name), properties.shared_memory_per_block_optin
+
+
+def select_config(
+    kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, *, file: str, limit: int | None
+) -> Config | None:
+    """The first entry that matches the features and fits in `limit` bytes, or `None`."""
+    for entry in (*load(file).get(kernel, ()), *load(DEFAULT)[kernel]):
+        if entry.matches(features) and (limit is None or shared_memory(entry.config) <= limit):
+            return entry.config
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    kernel: str, features: tuple[tuple[str, int], ...], shared_memory: SharedMemory, device: torch.device
+) -> Config | None:
+    file, limit = device_limits(device)
+    return select_config(kernel, dict(features), shared_memory, file=file, limit=limit)
+
+
+def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, device: torch.device) -> Config:
+    """The configuration for one launch, remembered. Raises `LookupError` where none fits the device.
+
+    `shared_memory` must be hashable and equal for equal features: a function, or a frozen dataclass.
+    """
+    config = _choose(kernel, tuple(sorted(features.items())), shared_memory, device)
+    if config is None:
+        raise LookupError(f"no configuration of {kernel} for {dict(features)} fits the shared memory of {device}")
+    return config
+
+
+def refuse_memory(
+    kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, device: torch.device
+) -> str | None:
+    """Why no configuration fits the device, or `None`; a size that is not known is given as `MANY`."""
+    if _choose(kernel, tuple(sorted(features.items())), shared_memory, device) is not None:
+        return None
+    return f"every configuration needs more than the {device_limits(device)[1]} bytes of shared memory of the device"
+
+
+@dataclass(frozen=True)
+class RowMemory:
+    """For kernels that keep rows of `width` in registers: what reductions and layout conversions take at most."""
+
+    width: int
+
+    def __call__(self, config: Config) -> int:
+        return self.width + 1024
