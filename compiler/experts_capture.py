@@ -43,32 +43,31 @@ class ExpertsCapture:
         self.alone: dict[nn.Module, str] = {}
         self.notes: list[Note] = []
         self._gates: dict[nn.Module, Gate] = {}
+        for module in names:
+            if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+                found = find_gate(module)
+                if found is None:
+                    self._leave(module, "its gate is none that regraft::moe_experts can express")
+                else:
+                    self._gates[module] = found
 
-    def __call__(
-        self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def __call__(self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What transformers calls in place of `Experts.forward`: hidden `[T, H]`, index and weights `[T, K]`."""
-        if module not in self._gates and module not in self.alone:
-            self._decide(module, hidden_states, top_k_index, top_k_weights)
-        if module in self.alone:
+        found = self._gates.get(module)
+        if self.checking and found is not None and module not in self.alone and not _abstract(hidden_states):
+            reason = _compare(module, found, hidden_states, top_k_index, top_k_weights)
+            if reason is not None:
+                self._leave(module, reason)
+        if found is None or module in self.alone:
             from transformers.integrations.moe import grouped_mm_experts_forward
 
             own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
             return own
-        return _run(module, self._gates[module], hidden_states, top_k_index, top_k_weights)
+        return _run(module, found, hidden_states, top_k_index, top_k_weights)
 
-    def _decide(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        reason: str | None = None
-        found = find_gate(module)
-        if found is None:
-            reason = "its gate is none that regraft::moe_experts can express"
-        elif self.checking and not _abstract(hidden):
-            reason = _compare(module, found, hidden, index, weights)
-        if reason is None and found is not None:
-            self._gates[module] = found
-        else:
-            self.alone[module] = str(reason)
-            self.notes.append(Note(self.names.get(module, ""), f"experts left as they were: {reason}"))
+    def _leave(self, module: nn.Module, reason: str) -> None:
+        self.alone[module] = reason
+        self.notes.append(Note(self.names.get(module, ""), f"experts left as they were: {reason}"))
 
 
 def find_gate(module: Any) -> Gate | None:

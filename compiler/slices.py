@@ -1,0 +1,122 @@
+"""The part of a graph that computes one node, as something that can be run by itself on small inputs.
+
+Masks and positions depend on shapes, on masks and at most on token ids; their slices are small and run in
+microseconds, which is how they are classified (`masks`) and bounded (`positions`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .program import Input, InputKind, Program
+
+_LARGEST_STATE = 1 << 22
+"""A slice that reads more elements of parameters than this is not a mask."""
+
+
+class SliceError(ValueError):
+    """The slice cannot be run by itself: it reads weights on meta, or does not run at the sampled size."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`slice(inputs by keyword) -> Tensor`. `users` are the keywords that are read, `state` the weights and buffers."""
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    state: dict[str, Tensor]
+    nodes: int
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        return tuple(made.target for made in self.inputs if made.kind is InputKind.USER)
+
+    @property
+    def reads_parameters(self) -> bool:
+        return any(made.kind is InputKind.PARAMETER for made in self.inputs)
+
+    @classmethod
+    def of(cls, program: Program, node: fx.Node, model: nn.Module | None) -> Slice:
+        """The backward slice of `node`; parameters and buffers that it reads are those of `model`, not copied.
+
+        Raises `SliceError` where state is missing, on meta, or larger than any mask needs.
+        """
+        wanted, stack = {node}, [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in wanted:
+                    wanted.add(source)
+                    stack.append(source)
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        meaning = program.placeholder_inputs()
+        inputs, state = [], {}
+        for old in program.graph.nodes:
+            if old not in wanted:
+                continue
+            if old.op == "placeholder":
+                made = meaning[old]
+                inputs.append(made)
+                if made.kind is not InputKind.USER:
+                    state[made.name] = _state(made, model)
+            env[old] = graph.node_copy(old, lambda n: env[n])
+        graph.output(env[node])
+        return cls(fx.GraphModule(program.gm, graph), tuple(inputs), state, len(wanted))
+
+    def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Evaluate on inputs by keyword; raises `SliceError` where the slice does not run on them."""
+        values = [tensors[i.target] if i.kind is InputKind.USER else self.state[i.name] for i in self.inputs]
+        try:
+            with torch.no_grad():
+                out: Tensor = self.module(*values)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise SliceError(f"does not run at this size: {error}") from error
+        return out
+
+
+def _state(made: Input, model: nn.Module | None) -> Tensor:
+    if made.value is not None:
+        tensor = made.value
+    elif model is not None and made.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        tensor = _find(model, made.target)
+    else:
+        raise SliceError(f"{made.target} is not at hand")
+    if tensor.is_meta:
+        raise SliceError(f"{made.target} is on meta")
+    if tensor.numel() > _LARGEST_STATE:
+        raise SliceError(f"{made.target} has {tensor.numel()} elements")
+    return tensor
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    tensor = owner._parameters.get(leaf)
+    found = tensor if tensor is not None else owner._buffers.get(leaf)
+    if found is None:
+        raise SliceError(f"{name} is not in the model")
+    return found
+
+
+def sample(program: Program, sizes: dict[str, int], batch: int = 2, default: int = 6) -> dict[str, Tensor]:
+    """Inputs of the given sizes by symbol: ones for integers and booleans, zeros for floats.
+
+    Symbols not named get `batch` where they are dimension 0 of an input, `default` otherwise, within their ranges.
+    """
+    chosen = dict(sizes)
+    for guard in program.limits.tensors.values():
+        for dim, symbol in enumerate(guard.shape):
+            if isinstance(symbol, str) and symbol not in chosen:
+                low, high = program.limits.ranges.get(symbol, (1, None))
+                size = max(low, batch if dim == 0 else default)
+                chosen[symbol] = size if high is None else min(size, high)
+    device = next((t.device for t in program.example.values()), torch.device("cpu"))
+    out = {}
+    for name, guard in program.limits.tensors.items():
+        shape = [s if isinstance(s, int) else chosen[s] for s in guard.shape]
+        fill = torch.zeros if guard.dtype.is_floating_point else torch.ones
+        out[name] = fill(shape, dtype=guard.dtype, device=device)
+    return out
