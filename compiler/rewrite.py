@@ -154,7 +154,8 @@ def _collect_groups(rule: GroupRule, graph: fx.Graph, index: GraphIndex, policy:
         inputs = tuple(dict.fromkeys(i for n in members for i in n.all_input_nodes if i not in inside))
         reject = rule.check(members) or _crossing(members, members, inputs, index)
         if reject is not None:
-            misses.append((rule, _refusal(reject, len(members), members[0]), len(members)))
+            if not reject.quiet:
+                misses.append((rule, _refusal(reject, len(members), members[0]), len(members)))
             continue
         outputs = tuple(members)
         candidates.append(_build(rule, graph, index, outputs, outputs, lambda g, m=outputs: rule.emit(m, g), rule.describe(members), policy))
@@ -162,6 +163,8 @@ def _collect_groups(rule: GroupRule, graph: fx.Graph, index: GraphIndex, policy:
 
 
 def _refusal(reject: Reject, size: int, anchor: fx.Node) -> Failure:
+    if reject.quiet:
+        return Failure()
     node = reject.value if isinstance(reject.value, fx.Node) and reject.value.op == "call_function" else anchor
     found = reject.reason if not isinstance(reject.value, bool | int | float | str) else f"{reject.reason}: {reject.value}"
     return Failure(size, "the side condition of the rule", found, node)

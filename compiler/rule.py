@@ -44,10 +44,15 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Reject:
-    """Why a rule does not fire at a place whose structure fits: the reason, and the offending value."""
+    """Why a rule does not fire at a place whose structure fits: the reason, and the offending value.
+
+    `quiet` for a place that is plainly something else (a matmul of two activations is no missed linear layer): it is
+    refused without being told as a near-miss.
+    """
 
     reason: str
     value: Any = None
+    quiet: bool = False
 
 
 def _snake(name: str) -> str:

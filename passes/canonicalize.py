@@ -2,6 +2,8 @@
 
     _assert_*, no-op cast / expand / slice / view / clone / dropout, x + 0, x * 1      -> gone
     view, _unsafe_view, flatten                                                        -> reshape (a clone before it is then void)
+    split, chunk, unbind with numbers for sizes                                        -> slices and selects
+    permute of two dims, t, transposes of transposes                                   -> one transpose, or nothing
     to.dtype, type_as                                                                  -> _to_copy(dtype=)
     equal nodes                                                                        -> one node
 
@@ -35,6 +37,7 @@ _ASSERTIONS = frozenset(
     ]
 )
 _PASS_THROUGH = frozenset([aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default])
+_SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int])
 _DROPOUTS = frozenset([aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default])
 
 
@@ -43,11 +46,14 @@ def canonicalize(program: Program) -> PassResult:
     started = time.perf_counter()
     graph, removed = program.graph, Counter[str]()
     result = PassResult("canonicalize", Stage.CANONICALIZE.name, nodes_before=len(graph.nodes))
+    for node, meaning in program.placeholder_inputs().items():
+        if meaning.value is not None and meaning.value.dim() == 0 and not meaning.value.is_meta:
+            node.meta["constant"] = meaning.value.item()  # a lifted Python number
     for node in list(graph.nodes):
         if node.op == "call_function" and not node._erased:
             _simplify(graph, node, removed)
-    for _ in range(3):
-        if not _merge_equal(graph, removed) + _merge_reshapes(graph, removed):
+    for _ in range(4):
+        if not _merge_equal(graph, removed) + _merge_reshapes(graph, removed) + _merge_transposes(graph, removed):
             break
     graph.eliminate_dead_code()
     graph.lint()
@@ -85,6 +91,11 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
         _to_cast(node)
     elif target in RESHAPES or target is aten.flatten.using_ints:
         _to_reshape(graph, node)
+    elif target in _SPLITS:
+        _to_slices(graph, node, source, removed)
+        return
+    elif target in (aten.permute.default, aten.t.default):
+        _to_transpose(node)
     kind = _no_op(node, source)
     if kind is not None:
         node.replace_all_uses_with(source)
@@ -95,6 +106,42 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
 def _to_cast(node: fx.Node) -> None:
     node.target = aten._to_copy.default
     node.args, node.kwargs = (node.args[0],), {"dtype": node.meta["val"].dtype}
+
+
+def _to_slices(graph: fx.Graph, node: fx.Node, source: fx.Node, removed: Counter[str]) -> None:
+    """Each part of a split along a dim of known size reads the source directly."""
+    parts = node.meta.get("val")
+    taken = [u for u in node.users if u.target is operator.getitem]
+    if not isinstance(parts, list | tuple) or len(taken) != len(node.users):
+        return
+    rank = source.meta["val"].dim()
+    position = 1 if node.target is aten.unbind.int else 2
+    dim = int(_argument(node, position, "dim", 0)) % rank
+    unbound = node.target is aten.unbind.int
+    sizes = [1 if unbound else part.shape[dim] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for part in taken:
+        i = int(part.args[1])  # type: ignore[arg-type]
+        start = sum(sizes[:i])
+        with graph.inserting_before(part):
+            if unbound:
+                view = graph.call_function(aten.select.int, (source, dim, start))
+            else:
+                view = graph.call_function(aten.slice.Tensor, (source, dim, start, start + sizes[i]))
+        view.meta.update(part.meta)
+        part.replace_all_uses_with(view)
+        graph.erase_node(part)
+    graph.erase_node(node)
+    removed["split"] += 1
+
+
+def _to_transpose(node: fx.Node) -> None:
+    rank = node.meta["val"].dim()
+    order = [d % rank for d in node.args[1]] if node.target is aten.permute.default else [1, 0][:rank]  # type: ignore[union-attr]
+    moved = [i for i, d in enumerate(order) if i != d]
+    if len(moved) == 2:
+        node.target, node.args, node.kwargs = aten.transpose.int, (node.args[0], *moved), {}
 
 
 def _to_reshape(graph: fx.Graph, node: fx.Node) -> None:
@@ -214,4 +261,23 @@ def _merge_reshapes(graph: fx.Graph, removed: Counter[str]) -> int:
             merged += 1
     if merged:
         removed["reshape of a reshape"] += merged
+    return merged
+
+
+def _merge_transposes(graph: fx.Graph, removed: Counter[str]) -> int:
+    """A transpose that undoes the one before it."""
+    merged = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.transpose.int or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if source.target is not aten.transpose.int:
+            continue
+        rank = node.meta["val"].dim()
+        if {int(d) % rank for d in node.args[1:]} == {int(d) % rank for d in source.args[1:]}:  # type: ignore[arg-type]
+            node.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+            merged += 1
+    if merged:
+        removed["transpose of a transpose"] += merged
     return merged
