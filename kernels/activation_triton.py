@@ -74,7 +74,7 @@ def activate(x, KIND: tl.constexpr):
     elif KIND == "sqrtsoftplus":
         y = tl.sqrt(_softplus(x))
     elif KIND == "laplace":
-        y = 0.5 * (1.0 + tl.erf((x - 0.707107) / 0.39894225869))
+        y = 0.5 * (1.0 + tl.erf((x - 0.707107) / 0.39894257487763823))
     elif KIND == "gelu" or KIND == "gelu_python":
         y = _gelu(x)
     elif KIND == "gelu_10":

@@ -11,13 +11,22 @@ from .op import define
 
 
 def visible_pairs(queries: sympy.Expr, keys: sympy.Expr, left: int, right: int) -> sympy.Expr:
-    """How many (query, key) pairs the window leaves, for keys >= queries."""
-    if left >= 0 and right >= 0:
-        return queries * sympy.Min(keys, left + right + 1)
-    if left >= 0 or right >= 0:
-        reach = left if left >= 0 else right
-        return queries * keys - sympy.Max(0, queries * (queries - 1) / 2 - reach * queries)
-    return queries * keys
+    """How many (query, key) pairs the window leaves, for 1 <= queries <= keys.
+
+    Query i has keys - queries + i keys before its own and queries - 1 - i behind it; the sums over i are triangles.
+    """
+    pairs = queries * keys
+    if right == 0:
+        pairs -= _triangle(queries - 1)
+    elif right > 0:
+        pairs -= _triangle(sympy.Max(0, queries - 1 - right))
+    if left >= 0:
+        pairs -= _triangle(sympy.Max(0, keys - 1 - left)) - _triangle(sympy.Max(0, keys - queries - 1 - left))
+    return pairs
+
+
+def _triangle(n: sympy.Expr) -> sympy.Expr:
+    return n * (n + 1) / sympy.Integer(2)
 
 
 def _attention_cost(

@@ -163,8 +163,7 @@ def _run(
     tensors = (x, cos, sin, y)
     leading = collapse(x.shape[:-1], [t.stride()[:-1] for t in tensors], 3)
     if leading is None:  # more than three leading dimensions that cannot be merged: work on copies
-        copies = (t.contiguous() for t in (cos, sin))
-        return y.copy_(_run(x.contiguous(), weight, *copies, norm, layout, compute_dtype))
+        return y.copy_(_run(x.contiguous(), weight, cos.contiguous(), sin.contiguous(), norm, layout, compute_dtype))
     (n0, n1, n2), strides = leading
     pairs, tail = triton.next_power_of_2(rotary // 2), triton.next_power_of_2(max(1, width - rotary))
     config = choose("rope", {"D": triton.next_power_of_2(width)}, RowMemory(width), x.device)

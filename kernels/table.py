@@ -14,6 +14,7 @@ from .activation import activation, glu
 from .attention import attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
+from .moe import moe_experts
 from .op import Kernel, Op, Signature
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -33,6 +34,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             glu,
             linear_act,
             gate_up,
+            moe_experts,
         )
     }
 )

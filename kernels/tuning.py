@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import triton
 
 DIRECTORY: Final = Path(__file__).parent / "tuning"
 DEFAULT: Final = "default"
@@ -95,8 +96,9 @@ def device_limits(device: torch.device) -> tuple[str, int | None]:
     """Name of the tuning file and bytes of shared memory a program may have; `None` = no limit (interpreter)."""
     if device.type != "cuda":
         return DEFAULT, None
-    properties = torch.cuda.get_device_properties(device)
-    return device_file(properties.name), properties.shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return device_file(torch.cuda.get_device_name(index)), limit
 
 
 def select_config(

@@ -1,0 +1,89 @@
+"""Compiles the kernels with the largest tiles for a compute capability and a limit of shared memory: no GPU needed.
+
+    python compile_for.py 86 101376
+
+Prints a JSON list of `{"case", "shared", "estimate"}` in bytes. Run in a process of its own: it puts another driver and
+another device limit in place of the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from regraft.kernels import activation_triton, attention_triton, linear_act_triton, rms_norm_triton, tuning
+
+
+class NoDevice:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(capability: int, limit: int) -> list[dict[str, Any]]:
+    driver.set_active(NoDevice(capability))
+    tuning.device_limits = lambda device: ("default", limit)
+    launched: list[tuple[Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launched.append((run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
+
+    JITFunction.run = compile_only
+    rows: list[dict[str, Any]] = []
+
+    def record(case: str, estimate: tuning.SharedMemory) -> None:
+        kernel, kwargs = launched.pop()
+        blocks = tuple((name, value) for name, value in kwargs.items() if name.startswith(("BLOCK_", "GROUP_")))
+        config = tuning.Config(blocks, kwargs["num_warps"], kwargs["num_stages"])
+        rows.append({"case": case, "shared": kernel.metadata.shared, "estimate": estimate(config)})
+
+    half = torch.bfloat16
+    pairs = {"mask": torch.ones(1, 1, 300, 300, dtype=torch.bool), "bias": torch.empty(1, 4, 300, 300)}
+    for width, value_width, dtype, named in [
+        (64, 64, half, {}),
+        (128, 128, half, {}),
+        (128, 128, half, pairs),
+        (192, 128, half, {}),
+        (256, 256, half, {}),
+        (128, 128, torch.float32, {}),
+    ]:
+        q, k = torch.empty(1, 4, 300, width, dtype=dtype), torch.empty(1, 2, 300, width, dtype=dtype)
+        v = torch.empty(1, 2, 300, value_width, dtype=dtype)
+        attention_triton.attention(q, k, v, scale=0.1, right=0, **named)
+        plan = attention_triton._plan(width, value_width, dtype.itemsize, 300, named.get("mask"), named.get("bias"))
+        record(f"attention {width}/{value_width} {dtype} {list(named)}", plan[1])
+    for m, dtype in [(1, half), (64, half), (512, half), (512, torch.float32)]:
+        x, weight = torch.empty(m, 1024, dtype=dtype), torch.empty(2048, 1024, dtype=dtype)
+        linear_act_triton.linear_act(x, weight, None, "gelu")
+        record(f"linear_act {m} {dtype}", linear_act_triton._plan(m, 2048, 1024, dtype.itemsize, 1)[1])
+        linear_act_triton.gate_up(x, weight, None, "silu")
+        record(f"gate_up {m} {dtype}", linear_act_triton._plan(m, 1024, 1024, dtype.itemsize, 2)[1])
+    for width in (512, 32768):
+        x = torch.empty(4, width, dtype=half)
+        rms_norm_triton.add_rms_norm(x, x, x[0], 1e-6)
+        record(f"add_rms_norm {width}", tuning.RowMemory(triton.next_power_of_2(width)))
+    activation_triton.glu(x, x, "mish")
+    record("glu", tuning.RowMemory(0))
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))

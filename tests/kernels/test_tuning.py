@@ -1,0 +1,119 @@
+"""Configurations are data: which one a launch gets, and that none exceeds the device's shared memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft.kernels import attention_triton, linear_act_triton, tuning
+from regraft.kernels.tuning import Config, Entry, RowMemory, choose, device_file, parse, select_config
+
+H200, RTX_3090 = 232_448, 101_376
+"""Bytes of shared memory that one program may have on compute capability 9.0 and 8.6."""
+
+FILES = [path.stem for path in tuning.DIRECTORY.glob("*.json")]
+
+
+def attention_plan(width: int, itemsize: int, queries: int) -> tuple[dict[str, int], tuning.SharedMemory]:
+    return attention_triton._plan(width, width, itemsize, queries, None, None)
+
+
+def test_a_smaller_device_gets_a_smaller_configuration() -> None:
+    plan = attention_plan(128, 2, 4096)
+    large = select_config("attention", *plan, file="default", limit=H200)
+    small = select_config("attention", *plan, file="default", limit=RTX_3090)
+    assert large is not None
+    assert small is not None
+    assert plan[1](small) <= RTX_3090 < plan[1](large) <= H200
+
+
+def test_nothing_fits_a_device_without_shared_memory() -> None:
+    assert select_config("attention", *attention_plan(128, 2, 4096), file="default", limit=2048) is None
+
+
+@pytest.mark.parametrize("limit", [H200, RTX_3090])
+def test_every_shape_has_a_configuration(limit: int) -> None:
+    for file in FILES:
+        for itemsize in (2, 4):
+            for width in (8, 16, 64, 80, 128, 192, 256):
+                for queries in (1, 16, 17, 5000):
+                    plan = attention_plan(width, itemsize, queries)
+                    assert select_config("attention", *plan, file=file, limit=limit) is not None
+            for rows in (1, 16, 17, 64, 65, 5000):
+                for weights in (1, 2):
+                    plan = linear_act_triton._plan(rows, 4096, 4096, itemsize, weights)
+                    assert select_config("linear", *plan, file=file, limit=limit) is not None
+        for kernel in ("rms_norm", "layer_norm", "rope"):
+            for width in (1, 2, 64, 256, 512, 2048, 32768):
+                assert select_config(kernel, {"D": width}, RowMemory(width), file=file, limit=limit) is not None
+        for n in (1, 300, 10**9):
+            assert select_config("activation", {"N": n}, RowMemory(0), file=file, limit=limit) is not None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_complete_and_their_features_exist(file: str) -> None:
+    features = {
+        "rms_norm": {"D": 64},
+        "layer_norm": {"D": 64},
+        "rope": {"D": 64},
+        "activation": {"N": 64},
+        "linear": linear_act_triton._plan(1, 1, 1, 2, 1)[0],
+        "attention": attention_plan(64, 2, 1)[0],
+    }
+    entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
+    assert set(entries) == set(features) if file == "default" else set(entries) <= set(features)
+    for kernel, of_kernel in entries.items():
+        for entry in of_kernel:
+            entry.matches(features[kernel])  # KeyError for a name that is no feature
+
+
+def test_device_entries_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Entry((("N", 1, 100),), Config((("BLOCK_N", 64),), 1, 1))
+    files = {"mine": {"activation": (own,)}, "default": tuning.load("default")}
+    monkeypatch.setattr(tuning, "load", files.__getitem__)
+    assert select_config("activation", {"N": 100}, RowMemory(0), file="mine", limit=None) is own.config
+    other = select_config("activation", {"N": 101}, RowMemory(0), file="mine", limit=None)
+    assert other is not None
+    assert other["BLOCK_N"] > 64
+
+
+def test_an_unknown_device_has_no_entries_of_its_own() -> None:
+    assert tuning.load(device_file("NVIDIA GeForce RTX-4090")) == {}
+    assert device_file("NVIDIA H200") == "nvidia_h200"
+
+
+def test_choose_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "device_limits", lambda device: ("default", 100))
+    tuning._choose.cache_clear()
+    with pytest.raises(LookupError, match="activation"):
+        choose("activation", {"N": 5}, RowMemory(0), torch.device("cpu"))
+    assert "100 bytes" in str(tuning.refuse_memory("activation", {"N": 5}, RowMemory(0), torch.device("cpu")))
+    tuning._choose.cache_clear()
+
+
+def test_malformed_configurations_are_errors() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        Config((("BLOCK_N", 48),), 4, 1)
+    with pytest.raises(ValueError, match="num_stages"):
+        Config((("BLOCK_N", 64),), 4, 0)
+    with pytest.raises(KeyError):
+        parse('{"kernels": {"rope": [{"config": {"BLOCK_R": 1}}]}}')
+
+
+@pytest.mark.parametrize(("capability", "limit"), [(90, H200), (86, RTX_3090)])
+def test_the_estimate_bounds_what_the_compiler_uses(capability: int, limit: int) -> None:
+    """Compiles kernels for a GPU that need not be there, and reads their shared memory."""
+    script = Path(__file__).parent / "compile_for.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), str(limit)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) >= 8
+    for row in rows:
+        assert row["shared"] <= row["estimate"] <= limit, row
