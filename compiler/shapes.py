@@ -13,18 +13,16 @@ import sympy
 import torch
 from torch import fx
 
+from ..kernels.cost import size as _size
+from .program import Program
+
 Size = int | torch.SymInt | sympy.Expr
 Bindings = dict[str, sympy.Expr]
 
 
 def to_expr(size: Size) -> sympy.Expr:
     """An int, SymInt or expression as a sympy expression."""
-    if isinstance(size, sympy.Expr):
-        return size
-    if isinstance(size, torch.SymInt):
-        expr = size.node.expr
-        return expr if isinstance(expr, sympy.Expr) else sympy.Integer(int(expr))
-    return sympy.Integer(size)
+    return size if isinstance(size, sympy.Expr) else _size(size)
 
 
 def sizes(value: torch.Tensor | torch.SymInt | Sequence[Size]) -> tuple[sympy.Expr, ...]:
@@ -110,16 +108,15 @@ def hints_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     return found
 
 
-def dim_names(graph: fx.Graph) -> dict[sympy.Symbol, str]:
-    """Where each symbol of a graph comes from, for people: `{s77: "input_ids[1]"}`."""
+def dim_names(program: Program) -> dict[sympy.Symbol, str]:
+    """Where each symbol of a program comes from, for people: `{s77: "input_ids[1]"}`."""
     found: dict[sympy.Symbol, str] = {}
-    for node in graph.nodes:
+    for node, given in program.placeholder_inputs().items():
         value = node.meta.get("val")
-        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
-            continue
-        for i, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, f"{node.name}[{i}]")
+        if isinstance(value, torch.Tensor):
+            for i, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    found.setdefault(size.node.expr, f"{given.target}[{i}]")
     return found
 
 
