@@ -1,0 +1,233 @@
+"""From the first call of a signature to something that serves it: capture, compile, pack, compare with the original."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..compiler.errors import CaptureError
+from ..compiler.program import Input, InputKind, Program
+from ..compiler.records import PassResult
+from ..compiler.verify import Upcast
+from . import caches
+from .call import Call
+from .certificate import Certificate, Judge
+from .checks import device_of
+from .errors import ParityError, RegraftError
+from .executable import Executable
+from .options import Options
+from .record import Record, SignatureRecord
+from .repair import repair
+from .weights import Weights
+
+log = logging.getLogger("regraft")
+
+Site = tuple[str, str]
+"""A rule and the name of the node it replaced."""
+
+
+class CompiledLike(Protocol):
+    """What a compiler returns."""
+
+    program: Program
+    passes: list[PassResult]
+
+
+class Stages(Protocol):
+    """The two halves of the compiler, as the runtime calls them."""
+
+    def capture(self, module: nn.Module, call: Call, forward: Callable[..., Any] | None) -> Program:
+        """The forward of `module` as a graph; raises CaptureError."""
+        ...
+
+    def compile(
+        self,
+        program: Program,
+        options: Options,
+        weights: Callable[[Input], torch.Tensor],
+        *,
+        verify: str,
+        deny: frozenset[Site],
+        device: torch.device,
+    ) -> CompiledLike:
+        """The program after all passes, with their results; `program` stays as it was."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """A signature that the original serves, and why."""
+
+    reason: str
+
+
+@dataclass
+class Served:
+    """A signature that a graph serves."""
+
+    executable: Executable
+    cache_kinds: tuple[Any, ...] | None = None
+
+    def violation(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Why the graph cannot serve these shapes, or None."""
+        return self.executable.program.limits.violation(dict(tensors))
+
+    def too_long(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Why the model itself cannot take tensors this long, or None."""
+        return self.executable.program.limits.too_long(dict(tensors))
+
+    def fits(self, past: object) -> bool:
+        """Whether an empty cache given by the caller is of the kind the graph makes."""
+        return caches.fits(past, self.cache_kinds)
+
+
+class Builder:
+    """Builds what serves a signature of one module, and records what happened."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        options: Options,
+        record: Record,
+        original: Callable[..., Any],
+        overridden: bool,
+        stages: Stages,
+    ) -> None:
+        self.module, self.weights, self.options, self.record = module, weights, options, record
+        self._original, self._overridden, self._stages = original, overridden, stages
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """After the weights took another form: nothing that was built is right any more."""
+        self.device = device_of(self.module)
+        self.served: list[Served] = []
+
+    def build(self, call: Call) -> Served:
+        """Capture, compile, pack and certify.
+
+        Raises:
+            CaptureError: the forward cannot become a graph.
+            ParityError: the graph differs from the original, whatever rewrite is left out.
+        """
+        entry = SignatureRecord(describe(call), served=False)
+        self.record.signatures.append(entry)
+        try:
+            with evaluating(self.module):
+                served = self._build(call, entry)
+        except (CaptureError, RegraftError) as error:
+            entry.reason = str(error)
+            log.warning("%s: %s", entry.arguments, error)
+            self.weights.keep(r for s in self.served for r in s.executable.recipes)
+            raise
+        entry.served = True
+        self.served.append(served)
+        views, copies = self.weights.packed_bytes()
+        self.record.memory |= {"packed_views": views, "packed_copies": copies}
+        return served
+
+    def _build(self, call: Call, entry: SignatureRecord) -> Served:
+        with timed(entry.seconds, "capture"):
+            forward = self._unbound if self._overridden else None
+            program = self._stages.capture(self.module, call, forward)
+        entry.notes += program.notes
+
+        def compile_with(verify: str, deny: frozenset[Site]) -> Executable:
+            with timed(entry.seconds, "compile"):
+                compiled = self._stages.compile(
+                    program, self.options, self.weights.value, verify=verify, deny=deny, device=self.device
+                )
+            entry.passes, entry.program = compiled.passes, compiled.program
+            return Executable(compiled.program, self.weights)
+
+        executable = compile_with(self.options.verify, frozenset())
+        if self.options.dry_run:
+            return Served(executable)
+        if self.options.verify != "off":
+            with timed(entry.seconds, "certificate"):
+                judge = self._judge(program, call)
+                certificate = self._measure(judge, executable, entry)
+            if not certificate.passed:
+                log.warning("%s: %s; looking for the rewrite", entry.arguments, certificate.reason)
+                with timed(entry.seconds, "repair"):
+                    captured = judge.measure(Executable(program, self.weights))
+                    if not captured.passed:
+                        raise ParityError(f"the captured graph differs from the original: {captured.reason}")
+                    executable, certificate, entry.reverted = repair(
+                        compile_with,
+                        lambda e: self._measure(judge, e, entry),
+                        executable,
+                        certificate,
+                        lambda: entry.passes,
+                    )
+            entry.certificate = certificate
+            if not certificate.passed:
+                raise ParityError(f"the rewritten graph differs from the original: {certificate.reason}")
+        with timed(entry.seconds, "pack"):
+            executable.prepare()
+        tensors = program.example
+        kinds = caches.kinds_of_output(executable(tensors)) if call.cache else None
+        return Served(executable, kinds)
+
+    def _measure(self, judge: Judge, executable: Executable, entry: SignatureRecord) -> Certificate:
+        with timed(entry.seconds, "pack"):
+            self.weights.keep([*(r for s in self.served for r in s.executable.recipes), *executable.recipes])
+            executable.prepare()
+        return judge.measure(executable)
+
+    def _judge(self, program: Program, call: Call) -> Judge:
+        def raised(tensors: Mapping[str, torch.Tensor], target: torch.dtype) -> Any:
+            values = [
+                tensors[i.target] if i.kind is InputKind.USER else self.weights.value(i).detach()
+                for i in program.inputs
+            ]
+            return program.rebuild(Upcast(program.gm, target).run(*values))
+
+        return Judge(
+            self.module,
+            self._original,
+            program.example,
+            call.given,
+            violation=lambda tensors: program.limits.violation(dict(tensors)),
+            raised=raised,
+        )
+
+    def _unbound(self, module: nn.Module, **kwargs: Any) -> Any:
+        return self._original(**kwargs)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Add the time the block takes to `seconds[what]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode, every submodule's flag put back afterwards."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def describe(call: Call) -> str:
+    """`input_ids int64[2], use_cache=True`: dtype and rank of tensors, values of the rest."""
+    tensors = [f"{n} {str(t.dtype).removeprefix('torch.')}[{t.ndim}]" for n, t in call.tensors.items()]
+    given = {**call.given, **({"use_cache": True} if call.cache else {})}
+    return ", ".join([*tensors, *(f"{n}={v!r}" for n, v in given.items())])

@@ -1,0 +1,196 @@
+"""The parity certificate: is the whole rewritten forward as good as the original's?
+
+Original (with its own eager attention) and graph are measured against the model's own code one precision up. The graph
+passes when its error is at most twice the original's plus a few ulp, in every output, over the real rows of every case.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compiler.verify import Distance, bound_for, distance, higher
+from .cases import Case, make_cases
+from .checks import dtype_of
+from .oracle import run_oracle, run_reference
+
+log = logging.getLogger("regraft.certificate")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case. Errors are against the oracle, over real rows, of the output that is worst."""
+
+    case: str
+    output: str
+    """The output with the largest share of its bound."""
+    error: float
+    """max |graph - oracle|"""
+    error_mean: float
+    """Root mean square of the same."""
+    error_original: float
+    """max |original - oracle|"""
+    bound: float
+    passed: bool
+    kl: float | None = None
+    """Mean KL divergence of the graph's next-token distribution from the original's, in nats."""
+    greedy: float | None = None
+    """Share of rows whose most likely token is the original's."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All cases of one signature."""
+
+    passed: bool
+    measured: tuple[Measured, ...] = ()
+    skipped: tuple[str, ...] = ()
+    """Cases the original itself cannot run, with the reason."""
+    oracle: str = ""
+    reason: str = ""
+    """What failed, in words."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass
+class _Truth:
+    """What a case should give: the original's outputs, and the oracle's, by name."""
+
+    case: Case
+    original: dict[str, torch.Tensor]
+    oracle: dict[str, torch.Tensor]
+
+
+class Judge:
+    """Holds the original's answers for one signature, so that several candidates can be measured against them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        tensors: Mapping[str, torch.Tensor],
+        static: Mapping[str, Any],
+        *,
+        violation: Callable[[Mapping[str, torch.Tensor]], str | None],
+        raised: Callable[[Mapping[str, torch.Tensor], torch.dtype], Any],
+    ) -> None:
+        """`raised` is the second best oracle: the captured graph one precision up, where the code cannot run there."""
+        self.dtype = dtype_of(module)
+        target = higher(self.dtype)
+        self.oracle = f"the original's code in {str(target).removeprefix('torch.')}"
+        self.skipped: list[str] = []
+        self._truths: list[_Truth] = []
+        config = getattr(module, "config", None)
+        pad = getattr(config, "pad_token_id", None)
+        cases = make_cases(tensors, bool(getattr(config, "is_encoder_decoder", False)), pad)
+        for case in cases:
+            reason = violation(case.tensors)
+            if reason is not None:
+                self.skipped.append(f"{case.name}: {reason}")
+                continue
+            inputs = {**case.tensors, **static}
+            try:
+                original = named_outputs(run_reference(module, forward, inputs))
+            except Exception as error:  # whatever a model's code raises on a variant that it was not made for
+                if case.name == "as given":
+                    raise
+                self.skipped.append(f"{case.name}: the original refuses it ({type(error).__name__})")
+                continue
+            try:
+                oracle = named_outputs(run_oracle(module, forward, inputs, target))
+            except Exception as error:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
+                log.info("the original's code does not run in %s (%s)", target, error)
+                self.oracle = f"the captured graph in {str(target).removeprefix('torch.')}"
+                oracle = named_outputs(raised(case.tensors, target))
+            self._truths.append(_Truth(case, original, oracle))
+
+    @torch.no_grad()
+    def measure(self, run: Callable[[Mapping[str, torch.Tensor]], Any]) -> Certificate:
+        """Compare a candidate on every case; stops at the first that fails."""
+        measured: list[Measured] = []
+        for truth in self._truths:
+            found = named_outputs(run(truth.case.tensors))
+            result = self._compare(truth, found)
+            if isinstance(result, str):
+                return Certificate(False, tuple(measured), tuple(self.skipped), self.oracle, result)
+            measured.append(result)
+            if not result.passed:
+                reason = (
+                    f"{result.output} is off by {result.error:.2e} ({truth.case.name}), the original by "
+                    f"{result.error_original:.2e}, allowed are {result.bound:.2e}"
+                )
+                return Certificate(False, tuple(measured), tuple(self.skipped), self.oracle, reason)
+        return Certificate(True, tuple(measured), tuple(self.skipped), self.oracle)
+
+    def _compare(self, truth: _Truth, found: Mapping[str, torch.Tensor]) -> Measured | str:
+        if found.keys() != truth.original.keys():
+            differ = sorted(found.keys() ^ truth.original.keys())
+            return f"the outputs differ from the original's ({truth.case.name}): {', '.join(differ[:4])}"
+        worst: tuple[float, Measured] | None = None
+        kl = greedy = None
+        for name, original in truth.original.items():
+            graph, oracle = found[name], truth.oracle[name]
+            if graph.shape != original.shape or graph.dtype != original.dtype:
+                return (
+                    f"{name} is {graph.dtype} {list(graph.shape)} instead of {original.dtype} {list(original.shape)} "
+                    f"({truth.case.name})"
+                )
+            new, old, best = (truth.case.real(name, t) for t in (graph, original, oracle))
+            error, error_original = distance(new, best), distance(old, best)
+            bound = bound_for(error_original, best, self.dtype)
+            passed = error <= bound
+            if name == "logits" and original.ndim >= 2 and original.shape[-1] > 1 and new.numel():
+                kl, greedy = _next_token(new, old)
+            result = Measured(
+                truth.case.name, name, error.largest, error.rms, error_original.largest, bound.largest, passed
+            )
+            share = _share(error, bound)
+            if worst is None or share > worst[0]:
+                worst = (share, result)
+        if worst is None:
+            return "the forward returns no tensor to compare"
+        return Measured(**{**asdict(worst[1]), "kl": kl, "greedy": greedy})
+
+
+def named_outputs(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors in what a forward returned, by name; those of a cache are `past_key_values.3.keys`."""
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    dot = prefix + "." if prefix else ""
+    if isinstance(output, torch.Tensor):
+        return {prefix or "output": output}
+    if isinstance(output, EncoderDecoderCache):
+        parts = {"self": output.self_attention_cache, "cross": output.cross_attention_cache}
+        return {k: v for n, part in parts.items() for k, v in named_outputs(part, dot + n).items()}
+    if isinstance(output, Cache):
+        layers = ((i, x) for i, x in enumerate(output.layers) if isinstance(getattr(x, "keys", None), torch.Tensor))
+        return {f"{dot}{i}.{part}": getattr(layer, part) for i, layer in layers for part in ("keys", "values")}
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, (tuple, list)):
+        items = ((str(i), v) for i, v in enumerate(output))
+    else:
+        return {}
+    return {k: v for name, value in items for k, v in named_outputs(value, dot + str(name)).items()}
+
+
+def _share(error: Distance, bound: Distance) -> float:
+    """How much of the bound an error takes, whichever of largest and mean takes more."""
+    pairs = ((error.largest, bound.largest), (error.rms, bound.rms))
+    return max(e / b if b else (0.0 if e == 0 else float("inf")) for e, b in pairs)
+
+
+def _next_token(new: torch.Tensor, old: torch.Tensor) -> tuple[float, float]:
+    size = new.shape[-1]
+    p = torch.log_softmax(old.reshape(-1, size).double(), -1)
+    q = torch.log_softmax(new.reshape(-1, size).double(), -1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    return max(kl, 0.0), float((p.argmax(-1) == q.argmax(-1)).double().mean())

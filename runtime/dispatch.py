@@ -1,0 +1,240 @@
+"""What stands in for a model's forward: serves each call by a captured graph, or by the original where none can.
+
+A graph belongs to a signature (which tensors, of which dtype and rank, which static values), is captured when the
+signature is first called, and serves every batch size and length its limits allow.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compiler.errors import CaptureError
+from . import caches
+from .build import Builder, Served, Stages, Unserved
+from .call import Call, Key, Signature
+from .checks import check_inputs
+from .errors import InputError, RegraftError, RegraftWarning, StrictError
+from .hooks import Hooks
+from .options import Options
+from .record import Record
+from .weights import Change, Weights
+
+MAX_SIGNATURES = 32
+"""Graphs kept for one model; further signatures go to the original."""
+
+
+class Dispatch:
+    """The instance attribute `forward` of an optimized model.
+
+    Calls may come from several threads: captures and repacking hold a lock, running a graph does not.
+    """
+
+    def __init__(self, module: nn.Module, options: Options, stages: Stages, record: Record) -> None:
+        self.module, self.options, self.stages, self.record = module, options, stages, record
+        self.overridden: Callable[..., Any] | None = module.__dict__.get("forward")
+        self._begin()
+
+    def _begin(self) -> None:
+        """Locks and tables, which are never copied."""
+        self.__doc__ = self.original.__doc__
+        self.__name__ = "forward"
+        self._lock = threading.RLock()
+        self._count_lock = threading.Lock()
+        self._local = threading.local()
+        self._table: dict[Key, list[Served] | Unserved] = {}
+        self._said: set[str] = set()
+        self._bound: _Bound | None = None
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+        if self.overridden is not None:
+            return self.overridden
+        forward: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        return forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def bound(self) -> _Bound:
+        """What belongs to the module's weights; made when first needed, since a copy is put together piece by piece."""
+        found = self._bound
+        if found is None:
+            with self._lock:
+                found = self._bound = self._bound or _Bound(self)
+        return found
+
+    @property
+    def graphs(self) -> list[Served]:
+        """The graphs captured so far."""
+        return [s for served in self._table.values() if not isinstance(served, Unserved) for s in served]
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or getattr(self._local, "inside", False):
+            return self.original(*args, **kwargs)
+        bound = self.bound
+        reason = self._unservable(bound)
+        if reason is not None:
+            return self._by_original(reason, args, kwargs)
+        call = bound.signature.take_apart(args, kwargs)
+        check_inputs(call.tensors, call.past)
+        if call.unserved is not None:
+            return self._by_original(call.unserved, args, kwargs)
+        served = self._find(bound, call)
+        if isinstance(served, Unserved):
+            return self._by_original(served.reason, args, kwargs)
+        if call.past is not None and not served.fits(call.past):
+            return self._by_original("a past_key_values of another kind than the model makes", args, kwargs)
+        output = served.executable(call.tensors)
+        if call.past is not None:
+            output = caches.fill(output, call.past)
+        with self._count_lock:
+            self.record.calls["graph"] += 1
+        return output
+
+    def prepare(self, kwargs: dict[str, Any]) -> Served | Unserved:
+        """Capture the signature of these arguments now, whatever mode the model is in."""
+        call = self.bound.signature.take_apart((), kwargs)
+        check_inputs(call.tensors, call.past)
+        return Unserved(call.unserved) if call.unserved is not None else self._find(self.bound, call)
+
+    def _unservable(self, bound: _Bound) -> str | None:
+        """Why no call can be served by a graph just now, whatever its arguments."""
+        if self.module.training:
+            return "the model in training mode (model.eval() for inference)"
+        hooked = bound.hooks.foreign()
+        if hooked is not None:
+            return f"a hook on {hooked}, which a graph would bypass"
+        if torch.is_autocast_enabled(bound.builder.device.type):
+            return "autocast, which changes the dtypes of a model's operations"
+        return None
+
+    def _find(self, bound: _Bound, call: Call) -> Served | Unserved:
+        if bound.weights.changes() is not Change.NONE:
+            self._follow(bound)
+        found = self._known(call)
+        if found is None:
+            with self._lock:
+                found = self._known(call) or self._capture(bound, call)  # another thread may have been first
+        return found
+
+    def _known(self, call: Call) -> Served | Unserved | None:
+        known = self._table.get(call.key)
+        if known is None or isinstance(known, Unserved):
+            return known
+        for served in known:
+            if served.violation(call.tensors) is None:
+                return served
+        for served in known:
+            too_long = served.too_long(call.tensors)
+            if too_long is not None:
+                raise InputError(f"{type(self.module).__name__}: {too_long}")
+        return None
+
+    def _capture(self, bound: _Bound, call: Call) -> Served | Unserved:
+        if len(self.graphs) >= MAX_SIGNATURES:
+            return Unserved(f"a signature beyond the {MAX_SIGNATURES} that are kept")
+        known = self._table.get(call.key, [])
+        assert isinstance(known, list)
+        self._local.inside = True
+        try:
+            served = bound.builder.build(call)
+        except (CaptureError, RegraftError) as error:
+            if self.options.raises:
+                raise
+            unserved = Unserved(f"arguments that could not be captured ({error})")
+            if not known:
+                self._table[call.key] = unserved
+            return unserved
+        finally:
+            self._local.inside = False
+        self._table[call.key] = [*known, served]
+        return served
+
+    def _follow(self, bound: _Bound) -> None:
+        """The weights are others than they were: make the packed ones again, or start anew."""
+        with self._lock:
+            change = bound.weights.changes()
+            if change is Change.VALUES:
+                bound.weights.repack()
+            elif change is Change.FORM:
+                self._table.clear()
+                bound.start_anew()
+
+    def _by_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        text = f"{type(self.module).__name__}: a call with {reason} is served by the original forward"
+        if self.options.strict and not self.module.training:
+            raise StrictError(f"{text}; strict=True forbids that")
+        with self._count_lock:
+            first = reason not in self._said
+            self._said.add(reason)
+            self.record.calls["original"] += 1
+            self.record.fallbacks[reason] = self.record.fallbacks.get(reason, 0) + 1
+        if first:
+            warnings.warn(text, RegraftWarning, stacklevel=5)
+        return self.original(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<regraft forward of {type(self.module).__name__}, {len(self.graphs)} graphs>"
+
+    def release(self) -> None:
+        """Undo what was done to the weights; nothing stays served."""
+        with self._lock:
+            if self._bound is not None:
+                self._bound.weights.restore()
+            self._bound = None
+            self._table = {}
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("module", "options", "stages", "record", "overridden")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or loaded model captures anew when it is first called."""
+        self.__dict__.update(state)
+        self._begin()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatch:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        state = self.__getstate__()
+        shared = {name: state.pop(name) for name in ("options", "stages")}
+        other.__setstate__({**copy.deepcopy(state, memo), **shared})
+        return other
+
+
+class _Bound:
+    """The parts of a dispatch that hold on to the module's tensors and submodules."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._module = dispatch.module
+        self.signature = Signature(dispatch.original, dispatch.module)
+        self.weights = Weights(dispatch.module)
+        self.hooks = Hooks(dispatch.module)
+        self.builder = Builder(
+            dispatch.module,
+            self.weights,
+            dispatch.options,
+            dispatch.record,
+            dispatch.original,
+            dispatch.overridden is not None,
+            dispatch.stages,
+        )
+
+    def start_anew(self) -> None:
+        self.weights.look_again()
+        self.hooks = Hooks(self._module)
+        self.builder.start_anew()

@@ -1,0 +1,57 @@
+"""A compiled program bound to a module's live weights: straight-line Python, one call per kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import getitem, itemgetter
+from typing import Any
+
+import torch
+
+from ..compiler.program import InputKind, Program, Recipe
+from .weights import Weights, pack_key
+
+
+class Executable:
+    """Runs `program` on tensors given by argument name.
+
+    Where each weight lives is resolved once; what stands there is read at every call, so that a replaced or moved
+    parameter is used as it is. The caller has asked `Weights.changes()` before.
+    """
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.program = program
+        self._weights = weights
+        self._run: Callable[..., Any] = program.gm.forward
+        kinds = (InputKind.USER, InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.PACKED)
+        grouped = {kind: [i for i in program.inputs if i.kind is kind] for kind in kinds}
+        live = grouped[InputKind.PARAMETER] + grouped[InputKind.BUFFER]
+        slots = [weights.slots[i.target] for i in live]
+        self._tables = [s[0] for s in slots]
+        self._names = [s[1] for s in slots]
+        self._constants = [i.value for i in grouped[InputKind.CONSTANT]]
+        self.recipes: list[Recipe] = [i.recipe for i in grouped[InputKind.PACKED] if i.recipe is not None]
+        self._packs = [pack_key(r) for r in self.recipes]
+        self.arguments = tuple(i.target for i in grouped[InputKind.USER])
+        ordered = grouped[InputKind.USER] + live + grouped[InputKind.CONSTANT] + grouped[InputKind.PACKED]
+        place = {id(meaning): index for index, meaning in enumerate(ordered)}
+        order = [place[id(meaning)] for meaning in program.inputs]
+        self._arrange: Callable[[list[Any]], Any] = itemgetter(*order) if len(order) > 1 else list
+
+    def prepare(self) -> None:
+        """Pack what the program wants packed."""
+        self._weights.pack(self.recipes)
+
+    def flat(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The graph's flat tuple of outputs."""
+        packs = self._weights.packs
+        values = [tensors[name] for name in self.arguments]
+        values += map(getitem, self._tables, self._names)
+        values += self._constants
+        values += [packs[key].value for key in self._packs]
+        with torch.no_grad():
+            return self._run(*self._arrange(values))
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """What the model's forward would return, without autograd."""
+        return self.program.rebuild(self.flat(tensors))

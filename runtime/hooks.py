@@ -1,0 +1,33 @@
+"""Forward hooks on submodules: a graph would bypass them, so a model that carries any is served by its original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HARMLESS = ("transformers.utils.output_capturing",)
+"""Modules whose hooks only record what `output_hidden_states` asks for, which a graph returns anyway."""
+
+
+class Hooks:
+    """Watches the hook tables of all submodules; the root's own hooks run around `forward` and are not bypassed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._names: list[str] = []
+        self._tables: list[Mapping[int, Any]] = []
+        for name, submodule in module.named_modules():
+            if submodule is not module:
+                self._names += [name] * len(KINDS)
+                self._tables += [getattr(submodule, kind) for kind in KINDS]
+
+    def foreign(self) -> str | None:
+        """The name of a submodule with a hook, or None."""
+        if not any(self._tables):
+            return None
+        for name, table in zip(self._names, self._tables, strict=True):
+            if any(getattr(hook, "__module__", None) not in HARMLESS for hook in table.values()):
+                return name
+        return None

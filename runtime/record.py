@@ -1,0 +1,44 @@
+"""What the runtime did to a model, as data; the report is written from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compiler.program import Note
+from ..compiler.records import PassResult, Reverted
+from .certificate import Certificate
+
+
+@dataclass
+class SignatureRecord:
+    """One signature: which arguments, and what became of it."""
+
+    arguments: str
+    """`input_ids int64[2], attention_mask int64[2], use_cache=True`: dtype and rank of tensors."""
+    served: bool
+    reason: str = ""
+    """Why the original serves it."""
+    passes: list[PassResult] = field(default_factory=list)
+    certificate: Certificate | None = None
+    notes: list[Note] = field(default_factory=list)
+    reverted: list[Reverted] = field(default_factory=list)
+    """Rewrites taken back because of the certificate; those a site check caught stand in `passes`."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """`capture`, `compile`, `pack`, `certificate`."""
+    program: Any = None
+    """The rewritten program; left out of pickles and JSON."""
+
+
+@dataclass
+class Record:
+    """Everything about one optimized model."""
+
+    model: str
+    signatures: list[SignatureRecord] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=lambda: {"graph": 0, "original": 0})
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Calls the original served, by reason."""
+    notes: list[Note] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes: `weights`, `packed_views` (no extra memory), `packed_copies` (extra)."""

@@ -1,0 +1,53 @@
+"""The compiler as the runtime uses it: capture, then the pipeline of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compiler.capture import capture
+from ..compiler.program import Input, Program
+from ..compiler.rule import GroupRule, Rule
+from ..passes.pipeline import PASS_NAMES, Compiled, Settings, compile_program
+from .call import Call
+from .options import Options
+
+__all__ = ["PASS_NAMES", "Pipeline", "is_rule"]
+
+
+def is_rule(value: object) -> bool:
+    """Whether a user's object is one the pipeline can run."""
+    return isinstance(value, (Rule, GroupRule))
+
+
+class Pipeline:
+    """The stages every optimized model goes through."""
+
+    def capture(self, module: nn.Module, call: Call, forward: Callable[..., Any] | None) -> Program:
+        """Raises CaptureError."""
+        return capture(module, call.tensors, call.static, cache=call.cache, forward=forward)
+
+    def compile(
+        self,
+        program: Program,
+        options: Options,
+        weights: Callable[[Input], torch.Tensor],
+        *,
+        verify: str,
+        deny: frozenset[tuple[str, str]],
+        device: torch.device,
+    ) -> Compiled:
+        """All passes that the options leave enabled; `program` stays as it was."""
+        settings = Settings(
+            device=device,
+            verify="off" if options.dry_run else verify,
+            enabled={name: options.passes.get(name, True) for name in PASS_NAMES},
+            rules=options.rules,
+            deny=deny,
+            weights=weights,
+            inputs=program.example,
+        )
+        return compile_program(program, settings)

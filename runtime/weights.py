@@ -1,0 +1,264 @@
+"""The live weights of a module: looked up at each call, packed without a second copy, and given back.
+
+A weight that is the concatenation of parameters is one buffer held here, and the parameters become views of it:
+nothing is stored twice, names, identity and `state_dict()` stay, and in-place changes are seen without a check. The
+buffer is no registered tensor of the module (that would break `save_pretrained`). Everything else packed is a copy, and
+remembers the versions of its sources. Views go stale after `.to(dtype)`, `.data =` and replaced Parameters:
+`Weights.changes` notices.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compiler.program import Input, InputKind, Recipe
+
+PackKey = tuple[Any, ...]
+
+_dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
+
+
+class Change(enum.Enum):
+    """What happened to the weights since they were last looked at."""
+
+    NONE = "none"
+    VALUES = "values"
+    """Other tensors of the same form: packed weights have to be made again."""
+    FORM = "form"
+    """Other shapes, dtypes, devices, ties or modules: the graph is no longer this model's."""
+
+
+@dataclass
+class Pack:
+    """A packed weight: its value, and what its sources were when it was made."""
+
+    recipe: Recipe
+    value: torch.Tensor
+    views: bool
+    """The sources are views of `value`, so that their values need no watching."""
+    sources: list[torch.Tensor] = field(default_factory=list)
+    marks: list[tuple[int, int]] = field(default_factory=list)
+    """`(data_ptr, version)` of each source."""
+
+
+class Weights:
+    """Parameters and buffers of one module by qualified name, and what is packed from them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.packs: dict[PackKey, Pack] = {}
+        self._look()
+
+    # -- what is there now ------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Remember the modules and tensors as they are."""
+        self._children: list[tuple[dict[str, Any], str, Any]] = []
+        self._modules: list[nn.Module] = []
+        slots: dict[str, tuple[dict[str, Any], str]] = {}
+        for prefix, owner in self.module.named_modules(remove_duplicate=False):
+            self._modules.append(owner)
+            self._children += [(owner._modules, name, child) for name, child in owner._modules.items()]
+            dot = prefix + "." if prefix else ""
+            for table in (owner._parameters, owner._buffers):
+                slots |= {dot + name: (table, name) for name, tensor in table.items() if tensor is not None}
+        self._types = list(map(type, self._modules))
+        self._overrides = [m.__dict__.get("forward") for m in self._modules[1:]]
+        self._instances = [m.__dict__ for m in self._modules[1:]]
+        self._child_tables = [c[0] for c in self._children]
+        self._child_names = [c[1] for c in self._children]
+        self._child_values = [c[2] for c in self._children]
+        self._child_counts = [len(m._modules) for m in self._modules]
+        self.slots = slots
+        self._tables = [s[0] for s in slots.values()]
+        self._names = [s[1] for s in slots.values()]
+        self._note(list(map(getitem, self._tables, self._names)))
+
+    def _note(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._pointers = list(map(torch.Tensor.data_ptr, tensors))
+        self._dtypes = list(map(_dtype, tensors))
+        self._shapes = list(map(_shape, tensors))
+        self._devices = [t.device for t in tensors]
+        self._ties = _ties(tensors)
+
+    def changes(self) -> Change:
+        """Compare what is there with what was: a few tens of microseconds, at each call."""
+        if self._modules_changed():
+            return Change.FORM
+        try:
+            now = list(map(getitem, self._tables, self._names))
+        except KeyError:
+            return Change.FORM
+        if all(map(is_, now, self._tensors)):
+            if list(map(_dtype, now)) != self._dtypes or list(map(_shape, now)) != self._shapes:
+                return Change.FORM
+            if list(map(torch.Tensor.data_ptr, now)) == self._pointers:
+                return Change.NONE if all(map(_fresh, self.packs.values())) else Change.VALUES
+        if any(not isinstance(t, torch.Tensor) for t in now):
+            return Change.FORM
+        form = (list(map(_dtype, now)), list(map(_shape, now)), [t.device for t in now], _ties(now))
+        return Change.VALUES if form == (self._dtypes, self._shapes, self._devices, self._ties) else Change.FORM
+
+    def _modules_changed(self) -> bool:
+        try:
+            same = all(map(is_, map(getitem, self._child_tables, self._child_names), self._child_values))
+        except KeyError:
+            return True
+        if not same or list(map(type, self._modules)) != self._types:
+            return True
+        if [len(m._modules) for m in self._modules] != self._child_counts:
+            return True
+        return not all(map(is_, (d.get("forward") for d in self._instances), self._overrides))
+
+    def look_again(self) -> None:
+        """After `Change.FORM`: forget what was packed and start from what is there now."""
+        self.restore()
+        self._look()
+
+    @torch.no_grad()
+    def repack(self) -> None:
+        """After `Change.VALUES`: bring every packed weight up to date and make the sources views again."""
+        for key, pack in list(self.packs.items()):
+            if _fresh(pack) and all(map(is_, self._sources(pack.recipe), pack.sources)):
+                continue
+            if pack.views:
+                self._lay(pack, self._sources(pack.recipe))
+            else:
+                self.packs[key] = self._copy(pack.recipe)
+        self._note(list(map(getitem, self._tables, self._names)))
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter or buffer of that qualified name, as it is now."""
+        table, key = self.slots[name]
+        return table[key]
+
+    def value(self, meaning: Input) -> torch.Tensor:
+        """What an input of a program stands for: a live tensor, a constant, or a packed weight."""
+        if meaning.kind is InputKind.CONSTANT:
+            assert meaning.value is not None
+            return meaning.value
+        if meaning.kind is InputKind.PACKED:
+            assert meaning.recipe is not None
+            pack = self.packs.get(pack_key(meaning.recipe))
+            return pack.value if pack is not None else compute(meaning.recipe, self._sources(meaning.recipe))
+        return self.tensor(meaning.target)
+
+    def _sources(self, recipe: Recipe) -> list[torch.Tensor]:
+        return [self.tensor(name) for name in recipe.sources]
+
+    # -- packing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pack(self, recipes: Iterable[Recipe]) -> None:
+        """Make the packed weights one after the other: at no time more than one of them exists twice."""
+        for recipe in recipes:
+            key = pack_key(recipe)
+            if key not in self.packs:
+                self.packs[key] = self._concatenate(recipe) if self._may_view(recipe) else self._copy(recipe)
+        self._note(list(map(getitem, self._tables, self._names)))
+
+    def _may_view(self, recipe: Recipe) -> bool:
+        """Whether the sources can become views: a parameter can be a view of one buffer only, and only once."""
+        sources = self._sources(recipe)
+        taken = {id(s) for p in self.packs.values() if p.views for s in p.sources}
+        distinct = len({id(s) for s in sources}) == len(sources)
+        free = not any(id(s) in taken or s.is_inference() for s in sources)
+        alike = len({(s.dtype, s.device, s.shape[1:]) for s in sources}) == 1
+        return recipe.concatenation and distinct and free and alike
+
+    def _concatenate(self, recipe: Recipe) -> Pack:
+        sources = self._sources(recipe)
+        first = sources[0]
+        rows = sum(s.shape[0] for s in sources)
+        value = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+        pack = Pack(recipe, value, views=True)
+        self._lay(pack, sources)
+        return pack
+
+    def _lay(self, pack: Pack, sources: Sequence[torch.Tensor]) -> None:
+        """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
+        row = 0
+        for source in sources:
+            rows = pack.value.narrow(0, row, source.shape[0])
+            row += source.shape[0]
+            if source.data_ptr() != rows.data_ptr() or not source.is_contiguous():
+                rows.copy_(source)
+                source.data = rows
+        pack.sources = list(sources)
+
+    def _copy(self, recipe: Recipe) -> Pack:
+        sources = self._sources(recipe)
+        value = compute(recipe, sources)
+        return Pack(recipe, value, False, sources, [(s.data_ptr(), _version(s)) for s in sources])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Independent contiguous parameters again, bit for bit, one packed weight at a time."""
+        self.keep(())
+
+    @torch.no_grad()
+    def keep(self, recipes: Iterable[Recipe]) -> None:
+        """Undo every packed weight but these."""
+        wanted = {pack_key(r) for r in recipes}
+        for key in [k for k in self.packs if k not in wanted]:
+            pack = self.packs.pop(key)
+            if pack.views:
+                start = pack.value.data_ptr()
+                end = start + pack.value.numel() * pack.value.element_size()
+                for source in pack.sources:
+                    if start <= source.data_ptr() < end:
+                        source.data = source.data.clone(memory_format=torch.contiguous_format)
+        self._note(list(map(getitem, self._tables, self._names)))
+
+    def packed_bytes(self) -> tuple[int, int]:
+        """Bytes held as buffers the parameters are views of, and as copies beside the parameters."""
+        sizes = [0, 0]
+        for pack in self.packs.values():
+            sizes[0 if pack.views else 1] += pack.value.numel() * pack.value.element_size()
+        return sizes[0], sizes[1]
+
+
+def pack_key(recipe: Recipe) -> PackKey:
+    """Equal for recipes that compute the same value, whichever program they come from."""
+    if recipe.concatenation:
+        return ("concatenation", recipe.sources)
+    constants = any(n.op == "get_attr" for n in recipe.graph.graph.nodes)
+    return (id(recipe) if constants else recipe.graph.code, recipe.sources)
+
+
+@torch.no_grad()
+def compute(recipe: Recipe, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The packed weight from its sources, sharing no storage with them."""
+    if recipe.concatenation:
+        return torch.cat([s.detach() for s in sources])
+    value = recipe.graph(*sources)
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    shared = {s.untyped_storage().data_ptr() for s in sources}
+    return value.detach().clone() if value.untyped_storage().data_ptr() in shared else value.detach()
+
+
+def _fresh(pack: Pack) -> bool:
+    """Whether a packed weight still says what its sources say; views do by construction while they are views."""
+    return pack.views or [(s.data_ptr(), _version(s)) for s in pack.sources] == pack.marks
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _ties(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """For each tensor the position of the first that is the same object."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(t), i) for i, t in zip(itertools.count(), tensors)]

@@ -1,0 +1,67 @@
+"""Tiny models, and a compiler that changes nothing, for tests of the runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from regraft.compiler.capture import capture
+from regraft.compiler.program import Program
+from regraft.compiler.records import PassResult
+from regraft.runtime.optimize import install
+from regraft.runtime.options import Options
+
+VOCABULARY = 131
+
+
+def tiny_llama(layers: int = 1, seed: int = 0, **kwargs: Any) -> transformers.LlamaForCausalLM:
+    """A llama of 64 features with grouped-query attention, in evaluation mode."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | kwargs))).eval()
+
+
+def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """Random token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Unchanged:
+    """What a compiler returns."""
+
+    program: Program
+    passes: list[PassResult] = field(default_factory=list)
+
+
+class Identity:
+    """Stages that capture and change nothing."""
+
+    def __init__(self) -> None:
+        self.captured: list[Any] = []
+
+    def capture(self, module: Any, call: Any, forward: Any) -> Program:
+        self.captured.append(call)
+        return capture(module, call.tensors, call.static, cache=call.cache, forward=forward)
+
+    def compile(self, program: Program, options: Options, weights: Any, **settings: Any) -> Unchanged:
+        return Unchanged(program)
+
+
+def optimized(model: Any, stages: Any = None, **options: Any) -> Any:
+    """`regraft.optimize` with given stages."""
+    return install(model, Options(**options), stages or Identity())
