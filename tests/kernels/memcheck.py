@@ -1,0 +1,78 @@
+"""Every Triton kernel once, at an odd shape, for the memory checker. From the repository root:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/kernels/memcheck.py
+
+Each tensor gets an allocation of its own, so that a step beyond its end is seen.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+from typing import Any
+
+import torch
+
+from regraft.kernels.table import OPS, PROVIDERS, select
+
+
+def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    x, weight = randn(3, 7, 77), randn(77)
+    q, k, v = (randn(2, 37, heads, 80).transpose(1, 2) for heads in (6, 2, 2))
+    cos, sin = randn(2, 1, 37, 34), randn(2, 1, 37, 34)
+    everything = {
+        "mask": torch.rand(2, 1, 37, 37, device="cuda") > 0.3,
+        "bias": torch.randn(1, 6, 37, 37, device="cuda"),
+        "key_mask": torch.rand(2, 37, device="cuda") > 0.2,
+        "sinks": torch.randn(6, device="cuda"),
+        "scale": 0.1,
+        "left": 19,
+        "right": 0,
+        "softcap": 4.0,
+    }
+    return [
+        ("rms_norm", (x, weight, 1e-6, 0.0, dtype, None), {}),
+        ("add_rms_norm", (x, x, weight, 1e-6, 1.0, None, dtype), {}),
+        ("layer_norm", (x, weight, weight, 1e-5), {}),
+        ("add_layer_norm", (x, x, weight, weight, 1e-5), {}),
+        ("rope", (q, cos, sin, "half"), {}),
+        ("rope", (q, cos, sin, "interleaved"), {}),
+        ("norm_rope", (q, randn(80), cos, sin, 1e-6, 0.0, dtype), {}),
+        ("attention", (q, k, v), everything),
+        ("attention", (q[:, :, -1:], k, v), {"scale": 0.1, "right": 0}),
+        ("attention", (q, k, randn(2, 2, 37, 17)), {"scale": 0.1}),
+        ("activation", (x[..., ::2], "gelu_tanh"), {}),
+        ("glu", (x[..., :33], x[..., 33:66], "silu"), {}),
+        ("linear_act", (randn(67, 77), randn(131, 77), randn(131), "gelu"), {}),
+        ("linear_act", (randn(1, 77), randn(77, 131).t(), None, "identity"), {}),
+        ("gate_up", (randn(67, 77), randn(2 * 71, 77), randn(2 * 71), "silu"), {}),
+        ("gate_up", (randn(3, 5, 77), randn(2 * 71, 77), None, "silu"), {}),
+    ]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    seen: set[str] = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, args, kwargs in calls(dtype):
+            kernel, refused = select(OPS[name], OPS[name].signature(*args, **kwargs))
+            if kernel is None:
+                raise RuntimeError(f"{name} has no kernel here: {refused}")
+            results = kernel.run(*args, **kwargs)
+            torch.cuda.synchronize()
+            for result in results if isinstance(results, tuple) else (results,):
+                if not bool(result.isfinite().all()):
+                    raise RuntimeError(f"{name} in {dtype} is not finite")
+            seen.add(name)
+    if seen != set(PROVIDERS):
+        raise RuntimeError(f"not run: {sorted(set(PROVIDERS) - seen)}")
+    print(f"{len(seen)} kernels ran")
+
+
+if __name__ == "__main__":
+    main()
