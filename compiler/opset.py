@@ -110,10 +110,13 @@ RESHAPES = OPS["reshape"].targets
 
 
 def spec_of(name: str) -> OpSpec:
-    """The spec for a builder attribute: an entry of the table, or a semantic op of namespace `regraft`."""
+    """The spec for a builder attribute: an entry of the table, or a semantic op of namespace `regraft`.
+
+    Where ATen has the same name (`layer_norm`), `regraft_layer_norm` is ours.
+    """
     if name in OPS:
         return OPS[name]
-    overload = getattr(getattr(torch.ops.regraft, name, None), "default", None)
+    overload = getattr(getattr(torch.ops.regraft, name.removeprefix("regraft_"), None), "default", None)
     if overload is None:
         raise AttributeError(f"unknown operator {name!r} in a pattern; known: {', '.join(sorted(OPS))} and the ops of torch.ops.regraft")
     return OpSpec(name, frozenset([overload]))

@@ -20,7 +20,7 @@ class Rewrite:
     """Names of the nodes that went away."""
     produced: tuple[str, ...]
     cost_before_us: float = 0.0
-    """Roofline time on the target device at the example shapes, in microseconds."""
+    """Roofline time on the target device in microseconds, at the larger of the sizes that the decision was made for."""
     cost_after_us: float = 0.0
     check: Check | None = None
 

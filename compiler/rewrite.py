@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -27,8 +28,21 @@ from .verify import Evaluator, compare
 NEAR = 0.55
 """Share of a pattern that must have matched for its failure to be worth telling."""
 
-Costing = Callable[[Sequence[fx.Node]], float]
-"""Roofline time in microseconds of nodes executed one after the other."""
+Misses = list[tuple[Rule | GroupRule, Failure, int]]
+
+Costing = Callable[[Sequence[fx.Node]], tuple[float, ...]]
+"""Roofline time in microseconds of nodes executed one after the other, at each of the sizes a decision should hold for."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a rule holds."""
+
+    rule: Rule | GroupRule
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    emit: Callable[[Emitter], fx.Node | tuple[fx.Node, ...]]
+    label: str
 
 
 @dataclass(eq=False)
@@ -41,17 +55,32 @@ class Candidate:
     new: tuple[fx.Node, ...]
     new_outputs: tuple[fx.Node, ...]
     label: str
-    cost_before: float
-    cost_after: float
+    cost_before: tuple[float, ...]
+    cost_after: tuple[float, ...]
 
     @property
     def anchor(self) -> fx.Node:
         return self.old_outputs[0]
 
     @property
+    def saves(self) -> bool:
+        """Faster at one size and slower at none."""
+        return self.cost_before != self.cost_after and all(a <= b for a, b in zip(self.cost_after, self.cost_before))
+
+    @property
+    def gain(self) -> float:
+        """Microseconds saved, over all sizes."""
+        return sum(self.cost_before) - sum(self.cost_after)
+
+    @property
     def claims(self) -> set[fx.Node]:
-        """Nodes no other candidate may replace too: everything that costs something, and the outputs."""
-        return {n for n in self.old if not is_free(n)} | set(self.old_outputs)
+        """Nodes no other candidate may replace too."""
+        return _claims(self.old, self.old_outputs)
+
+
+def _claims(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """Everything that costs something, and the outputs; views and casts may serve several."""
+    return {n for n in nodes if not is_free(n)} | set(outputs)
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class Policy:
     every_site: bool = False
     """Verify each site; otherwise one for each rule and signature."""
     deny: Collection[tuple[str, str]] = ()
-    """(rule, anchor node name) pairs that must stay as they are."""
+    """(rule, anchor node name) pairs that must stay as they are; (rule, "*") is the whole rule."""
 
 
 def rewrite(program: Program, name: str, stage: Stage, rules: Sequence[Rule | GroupRule], policy: Policy = Policy()) -> PassResult:
@@ -74,11 +103,13 @@ def rewrite(program: Program, name: str, stage: Stage, rules: Sequence[Rule | Gr
     graph = program.graph
     result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
     refused: set[tuple[str, Hashable]] = set()
+    misses: Misses = []
     for _ in range(8):
         index = GraphIndex(graph)
-        misses: list[tuple[Rule | GroupRule, Failure, int]] = []
-        candidates = [c for rule in rules for c in _collect(rule, graph, index, policy, misses)]
-        declined = [c for c in candidates if policy.cost and c.cost_after >= c.cost_before]
+        misses = []
+        sites = [site for rule in rules for site in _collect(rule, index, policy, misses)]
+        candidates = [_build(site, graph, index, policy) for site in sites]  # only now: emitted nodes would disturb checks
+        declined = [c for c in candidates if policy.cost and not c.saves]
         taken = _choose([c for c in candidates if c not in declined])
         applied = 0
         for candidate in taken:
@@ -110,11 +141,13 @@ def rewrite(program: Program, name: str, stage: Stage, rules: Sequence[Rule | Gr
 # -- collecting --------------------------------------------------------------------------------------------------------
 
 
-def _collect(rule: Rule | GroupRule, graph: fx.Graph, index: GraphIndex, policy: Policy, misses: list[tuple[Rule | GroupRule, Failure, int]]) -> list[Candidate]:
+def _collect(rule: Rule | GroupRule, index: GraphIndex, policy: Policy, misses: Misses) -> list[Site]:
+    if (rule.name, "*") in policy.deny:
+        return []
     if isinstance(rule, GroupRule):
-        return _collect_groups(rule, graph, index, policy, misses)
+        return _collect_groups(rule, index, policy, misses)
     matcher = Matcher(index, rule.traced)
-    candidates: list[Candidate] = []
+    sites: list[Site] = []
     claimed: set[fx.Node] = set()
     for anchor in index.anchors(rule.traced.roots):
         if anchor in claimed or (rule.name, anchor.name) in policy.deny:
@@ -125,28 +158,27 @@ def _collect(rule: Rule | GroupRule, graph: fx.Graph, index: GraphIndex, policy:
             if reject is not None:
                 failure = _refusal(reject, rule.traced.size, match.anchor)
                 continue
-            candidate = _build(rule, graph, index, match.nodes, match.outputs, lambda g: rule.emit(match, g), rule.describe(match), policy)
-            candidates.append(candidate)
-            claimed |= candidate.claims
+            sites.append(Site(rule, match.nodes, match.outputs, partial(rule.emit, match), rule.describe(match)))
+            claimed |= _claims(match.nodes, match.outputs)
             failure = None
             break
         else:
             failure = failure or matcher.failure
             if failure.depth >= NEAR * rule.traced.size:
                 misses.append((rule, failure, rule.traced.size))
-    covered = {n for c in candidates for n in c.old}
+    covered = {n for site in sites for n in site.nodes}
     misses[:] = [m for m in misses if m[0] is not rule or m[1].node not in covered]
-    return candidates[::-1]
+    return sites[::-1]
 
 
-def _collect_groups(rule: GroupRule, graph: fx.Graph, index: GraphIndex, policy: Policy, misses: list[tuple[Rule | GroupRule, Failure, int]]) -> list[Candidate]:
+def _collect_groups(rule: GroupRule, index: GraphIndex, policy: Policy, misses: Misses) -> list[Site]:
     groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
+    for node in index.order:
         if node.op == "call_function" and (not rule.targets or node.target in rule.targets):
             key = rule.key(node)
             if key is not None:
                 groups[key].append(node)
-    candidates: list[Candidate] = []
+    sites: list[Site] = []
     for members in groups.values():
         if len(members) < 2 or any((rule.name, n.name) in policy.deny for n in members):
             continue
@@ -158,8 +190,8 @@ def _collect_groups(rule: GroupRule, graph: fx.Graph, index: GraphIndex, policy:
                 misses.append((rule, _refusal(reject, len(members), members[0]), len(members)))
             continue
         outputs = tuple(members)
-        candidates.append(_build(rule, graph, index, outputs, outputs, lambda g, m=outputs: rule.emit(m, g), rule.describe(members), policy))
-    return candidates
+        sites.append(Site(rule, outputs, outputs, partial(rule.emit, outputs), rule.describe(members)))
+    return sites
 
 
 def _refusal(reject: Reject, size: int, anchor: fx.Node) -> Failure:
@@ -185,22 +217,14 @@ def _crossing(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], inputs: Sequ
     return None
 
 
-def _build(
-    rule: Rule | GroupRule,
-    graph: fx.Graph,
-    index: GraphIndex,
-    old: Sequence[fx.Node],
-    old_outputs: Sequence[fx.Node],
-    emit: Callable[[Emitter], fx.Node | tuple[fx.Node, ...]],
-    label: str,
-    policy: Policy,
-) -> Candidate:
+def _build(site: Site, graph: fx.Graph, index: GraphIndex, policy: Policy) -> Candidate:
+    rule, old, old_outputs = site.rule, site.nodes, site.outputs
     inside = set(old)
     inputs = [i for n in old for i in n.all_input_nodes if i not in inside]
     place = _place(graph, inputs, old[0], index)
     emitter = Emitter(graph)
     with graph.inserting_before(place):
-        emitted = emit(emitter)
+        emitted = site.emit(emitter)
     outputs = emitted if isinstance(emitted, tuple) else (emitted,)
     if len(outputs) != len(old_outputs):
         _erase(graph, emitter.nodes)
@@ -210,9 +234,9 @@ def _build(
             node.meta.setdefault("val", replaced.meta["val"])
     propagate(emitter.nodes)
     stamp(emitter.nodes, list(old), rule.name, old_outputs[0])
-    before = policy.cost(old) if policy.cost else 0.0
-    after = policy.cost(emitter.nodes) if policy.cost else 0.0
-    return Candidate(rule, tuple(old), tuple(old_outputs), tuple(emitter.nodes), outputs, label, before, after)
+    before = policy.cost(old) if policy.cost else ()
+    after = policy.cost(emitter.nodes) if policy.cost else ()
+    return Candidate(rule, old, old_outputs, tuple(emitter.nodes), outputs, site.label, before, after)
 
 
 def _place(graph: fx.Graph, inputs: Sequence[fx.Node], first: fx.Node, index: GraphIndex) -> fx.Node:
@@ -253,7 +277,7 @@ def _choose(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The best set that does not overlap, greedily by time saved, then by how much it replaces."""
     claimed: set[fx.Node] = set()
     taken = []
-    for candidate in sorted(candidates, key=lambda c: (c.cost_after - c.cost_before, -len(c.old))):
+    for candidate in sorted(candidates, key=lambda c: (-c.gain, -len(c.old))):
         if not candidate.claims & claimed:
             claimed |= candidate.claims
             taken.append(candidate)
@@ -301,8 +325,8 @@ def _apply(graph: fx.Graph, candidate: Candidate, check: Check | None) -> Rewrit
         label=candidate.label,
         replaced=tuple(n.name for n in candidate.old),
         produced=tuple(n.name for n in candidate.new),
-        cost_before_us=candidate.cost_before,
-        cost_after_us=candidate.cost_after,
+        cost_before_us=sum(candidate.cost_before[-1:]),
+        cost_after_us=sum(candidate.cost_after[-1:]),
         check=check,
     )
     for old, new in zip(candidate.old_outputs, candidate.new_outputs, strict=True):

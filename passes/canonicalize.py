@@ -41,11 +41,12 @@ _SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.chun
 _DROPOUTS = frozenset([aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default])
 
 
-def canonicalize(program: Program) -> PassResult:
+def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
     """Clean the program's graph in place; `removed` counts what went, by kind."""
     started = time.perf_counter()
     graph, removed = program.graph, Counter[str]()
-    result = PassResult("canonicalize", Stage.CANONICALIZE.name, nodes_before=len(graph.nodes))
+    stage = Stage.CANONICALIZE if name == "canonicalize" else Stage.RAISE
+    result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
     for node, meaning in program.placeholder_inputs().items():
         if meaning.value is not None and meaning.value.dim() == 0 and not meaning.value.is_meta:
             node.meta["constant"] = meaning.value.item()  # a lifted Python number

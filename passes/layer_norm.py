@@ -34,8 +34,7 @@ class LayerNorm(Rule):
         return None
 
     def emit(self, m: Match, g: Emitter) -> fx.Node:
-        # the builder's `layer_norm` is ATen's
-        return g.call(torch.ops.regraft.layer_norm.default, m.x, m.weight, m.bias, float(m.eps))
+        return g.regraft_layer_norm(m.x, m.weight, m.bias, float(m.eps))
 
 
 class CenteredRMSNorm(Rule):
@@ -60,7 +59,7 @@ class CenteredRMSNorm(Rule):
         return None
 
     def emit(self, m: Match, g: Emitter) -> fx.Node:
-        return g.call(torch.ops.regraft.layer_norm.default, m.x, m.weight, None, float(m.eps))
+        return g.regraft_layer_norm(m.x, m.weight, None, float(m.eps))
 
 
 RULES = (LayerNorm(), CenteredRMSNorm())

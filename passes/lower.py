@@ -1,0 +1,98 @@
+"""Choose a kernel for each op: the best provider that supports the call, or the op's reference.
+
+    regraft.rms_norm(x, w, eps)    ->    kernels.rms_norm_triton.run(x, w, eps)
+
+A provider that refuses says why. On a device where kernels run, each is compared with its reference once for every
+signature before it is used; one that fails makes room for the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.pipeline import Context
+from ..compiler.program import Program
+from ..compiler.provenance import module_of, source_of
+from ..compiler.records import NearMiss, PassResult, Reverted, Rewrite
+from ..compiler.rule import Stage
+from ..compiler.verify import compare
+from ..kernels.op import Kernel, Op
+from ..kernels.table import PROVIDERS, op_of
+
+
+def lower(program: Program, context: Context) -> PassResult:
+    """Retarget every node that calls one of our ops, in place."""
+    started = time.perf_counter()
+    graph = program.graph
+    result = PassResult("lower", Stage.LOWER.name, nodes_before=len(graph.nodes))
+    refusals: Counter[tuple[str, str, str]] = Counter()
+    places: dict[tuple[str, str, str], fx.Node] = {}
+    chosen: dict[Any, Kernel | None] = {}
+    for node in list(graph.nodes):
+        op = op_of(node.target)
+        if op is None:
+            continue
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        signature = op.signature(*args, **kwargs)
+        key = (op.name, repr(signature))
+        if key not in chosen:
+            chosen[key] = _choose(graph, node, op, signature, context, result, refusals, places)
+        kernel = chosen[key]
+        node.target = kernel.run if kernel is not None else op.reference
+        provider = kernel.provider if kernel is not None else "reference"
+        result.rewrites.append(
+            Rewrite("lower", module_of(node), source_of(node), f"{op.name} -> {provider}", (node.name,), (node.name,))
+        )
+    for (name, provider, reason), count in refusals.items():
+        node = places[name, provider, reason]
+        result.misses.append(
+            NearMiss("lower", module_of(node), source_of(node), f"{name} on {provider}", reason, 1, 1, count)
+        )
+    graph.lint()
+    program.gm.recompile()
+    result.nodes_after = len(graph.nodes)
+    result.time_s = time.perf_counter() - started
+    return result
+
+
+def _choose(
+    graph: fx.Graph,
+    node: fx.Node,
+    op: Op,
+    signature: dict[str, Any],
+    context: Context,
+    result: PassResult,
+    refusals: Counter[tuple[str, str, str]],
+    places: dict[tuple[str, str, str], fx.Node],
+) -> Kernel | None:
+    for kernel in PROVIDERS.get(op.name, ()):
+        reason = kernel.supports(signature)
+        if reason is not None:
+            if context.settings.device.type != "cpu":
+                refusals[op.name, kernel.provider, reason] += 1
+                places.setdefault((op.name, kernel.provider, reason), node)
+            continue
+        if context.evaluator is None:
+            return kernel
+        with graph.inserting_after(node):
+            trial = graph.call_function(kernel.run, node.args, node.kwargs)
+        check = compare(context.evaluator, [node], [node], [trial], [trial], meaning=False)
+        context.evaluator.forget([trial])
+        graph.erase_node(trial)
+        if check.passed:
+            return kernel
+        result.reverted.append(
+            Reverted(
+                "lower",
+                module_of(node),
+                source_of(node),
+                f"the {kernel.provider} kernel of {op.name} has error {check.error_after:.3g}, {check.bound:.3g} is allowed",
+                check,
+            )
+        )
+    return None

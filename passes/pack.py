@@ -1,0 +1,147 @@
+"""Compute once what depends on weights alone.
+
+    cat(wq, wk, wv)  ->  one packed weight; wq, wk, wv become views of it, so that nothing is stored twice
+    anything else made of weights only, up to 1 MiB  ->  a packed copy, renewed when a weight changes
+
+Larger results that are no concatenation stay in the graph: a copy would cost the memory of the weight a second time.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import fx
+
+from ..compiler.opset import Role, is_free, role_of
+from ..compiler.pipeline import Context
+from ..compiler.program import Input, InputKind, Program, Recipe
+from ..compiler.provenance import module_of, source_of
+from ..compiler.records import PassResult, Rewrite
+from ..compiler.rule import Stage
+
+aten = torch.ops.aten
+
+LARGEST_COPY = 1 << 20
+"""Bytes of a packed copy."""
+
+
+def pack(program: Program, context: Context) -> PassResult:
+    """Replace constant subgraphs by PACKED inputs, in place, and drop weights that are not read any more."""
+    started = time.perf_counter()
+    graph = program.graph
+    result = PassResult("pack", Stage.PACK.name, nodes_before=len(graph.nodes))
+    meaning = program.placeholder_inputs()
+    constant = _constant_nodes(graph)
+    roots = [n for n in constant if any(u not in constant for u in n.users)]
+    for root in roots:
+        members = _slice_of(root)
+        if not _worth_packing(root, members):
+            continue
+        packed = _pack(program, root, members, meaning)
+        result.rewrites.append(
+            Rewrite("pack", module_of(root), source_of(root), _label(packed), tuple(n.name for n in members), (packed.name,))
+        )
+    graph.eliminate_dead_code()
+    _drop_unread(program)
+    graph.lint()
+    program.gm.recompile()
+    result.nodes_after = len(graph.nodes)
+    result.time_s = time.perf_counter() - started
+    return result
+
+
+def _constant_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not _is_pure(node):
+            continue
+        if any(isinstance(s, torch.SymInt) for s in node.meta["val"].shape):
+            continue
+        if all(i in found or i.meta.get("weight") for i in node.all_input_nodes):
+            found[node] = None
+    return found
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or role_of(node) is Role.MUTATE:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _slice_of(root: fx.Node) -> list[fx.Node]:
+    """What the root is computed from, placeholders excluded, in graph order."""
+    seen: set[fx.Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.op != "placeholder":
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in root.graph.nodes if n in seen]
+
+
+def _is_concatenation(root: fx.Node) -> bool:
+    if root.target is not aten.cat.default or (root.args[1] if len(root.args) > 1 else 0) != 0:
+        return False
+    parts = root.args[0]
+    assert isinstance(parts, list | tuple)
+    return all(isinstance(p, fx.Node) and p.op == "placeholder" for p in parts) and len(set(parts)) == len(parts)
+
+
+def _worth_packing(root: fx.Node, members: list[fx.Node]) -> bool:
+    if all(is_free(n) and role_of(n) is Role.VIEW for n in members):
+        return False
+    if _is_concatenation(root):
+        return True
+    value = root.meta["val"]
+    return value.numel() * value.element_size() <= LARGEST_COPY
+
+
+def _pack(program: Program, root: fx.Node, members: list[fx.Node], meaning: dict[fx.Node, Input]) -> Input:
+    graph = program.graph
+    sources = list(dict.fromkeys(i for n in members for i in n.all_input_nodes if i.op == "placeholder"))
+    recipe_graph = fx.Graph()
+    holder = torch.nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    live = [s for s in sources if meaning[s].kind in (InputKind.PARAMETER, InputKind.BUFFER)]
+    for source in live:
+        copies[source] = recipe_graph.placeholder(source.name)
+    for source in sources:
+        if source not in copies:
+            holder.register_buffer(source.name, meaning[source].value)
+            copies[source] = recipe_graph.get_attr(source.name)
+    for node in members:
+        copies[node] = recipe_graph.node_copy(node, copies.__getitem__)
+    recipe_graph.output(copies[root])
+    recipe = Recipe(
+        fx.GraphModule(holder, recipe_graph),
+        tuple(meaning[s].target for s in live),
+        concatenation=_is_concatenation(root) and len(live) == len(sources),
+    )
+    last = next(reversed([n for n in graph.nodes if n.op == "placeholder"]), None)
+    place = last.next if last is not None else next(iter(graph.nodes))
+    with graph.inserting_before(place):
+        node = graph.placeholder(f"packed_{root.name}")
+    node.meta.update(root.meta)
+    node.meta["weight"] = True
+    root.replace_all_uses_with(node)
+    packed = Input(node.name, InputKind.PACKED, f"{module_of(root) or 'model'}.{node.name}", recipe=recipe)
+    program.inputs.append(packed)
+    meaning[node] = packed
+    return packed
+
+
+def _label(packed: Input) -> str:
+    assert packed.recipe is not None
+    return f"{len(packed.recipe.sources)} weights laid side by side" if packed.recipe.concatenation else "computed from weights"
+
+
+def _drop_unread(program: Program) -> None:
+    kept: list[Input] = []
+    for node, meaning in program.placeholder_inputs().items():
+        if meaning.kind is InputKind.USER or node.users:
+            kept.append(meaning)
+        else:
+            program.graph.erase_node(node)
+    program.inputs[:] = kept

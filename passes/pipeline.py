@@ -1,0 +1,63 @@
+"""The whole pipeline on one screen: what runs, in which order, under which name.
+
+A name is what `optimize(model, passes={"rope": False})` and `REGRAFT_PASSES=-rope` switch.
+"""
+
+from __future__ import annotations
+
+from ..compiler.pipeline import Compiled, Pass, Settings, compile_with
+from ..compiler.program import Program
+from ..compiler.rule import Stage
+from . import (
+    activation,
+    add_norm,
+    attention,
+    canonicalize,
+    gate_up,
+    glu,
+    layer_norm,
+    linear,
+    linear_act,
+    lower,
+    norm_rope,
+    pack,
+    qkv,
+    rms_norm,
+    rope,
+)
+
+
+def _of(stage: Stage, module: object) -> tuple:  # type: ignore[type-arg]
+    return tuple(r for r in module.RULES if r.stage is stage)  # type: ignore[attr-defined]
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("canonicalize", Stage.CANONICALIZE, run=lambda program, _: canonicalize.canonicalize(program), optional=False),
+    # canonical ATen -> semantic ops
+    Pass("linear", Stage.RAISE, linear.RULES),
+    Pass("rms_norm", Stage.RAISE, rms_norm.RULES),
+    Pass("layer_norm", Stage.RAISE, _of(Stage.RAISE, layer_norm)),
+    Pass("rope", Stage.RAISE, rope.RULES),
+    Pass("activation", Stage.RAISE, activation.RULES),
+    Pass("glu", Stage.RAISE, glu.RULES),
+    Pass("attention", Stage.RAISE, attention.RULES),
+    Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),
+    # semantic ops -> fused ops; candidates of all of them compete
+    Pass("qkv", Stage.FUSE, qkv.RULES),
+    Pass("gate_up", Stage.FUSE, gate_up.RULES),
+    Pass("linear_act", Stage.FUSE, linear_act.RULES),
+    Pass("add_norm", Stage.FUSE, add_norm.RULES),
+    Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
+    Pass("centered_norm", Stage.FUSE, _of(Stage.FUSE, layer_norm)),
+    # weights and kernels
+    Pass("pack", Stage.PACK, run=pack.pack, optional=False),
+    Pass("lower", Stage.LOWER, run=lower.lower),
+)
+
+PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES if p.optional)
+"""What a user can switch off."""
+
+
+def compile_program(program: Program, settings: Settings) -> Compiled:
+    """Run the pipeline on a copy of `program`."""
+    return compile_with(program, PASSES, settings)
