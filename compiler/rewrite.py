@@ -28,6 +28,9 @@ from .verify import Evaluator, compare
 NEAR = 0.55
 """Share of a pattern that must have matched for its failure to be worth telling."""
 
+GRAIN = 1.01
+"""Differences below this factor mean nothing in a roofline: a bias of zeros added for a sibling that has none, say."""
+
 Misses = list[tuple[Rule | GroupRule, Failure, int]]
 
 Costing = Callable[[Sequence[fx.Node]], tuple[float, ...]]
@@ -64,8 +67,9 @@ class Candidate:
 
     @property
     def saves(self) -> bool:
-        """Faster at one size and slower at none."""
-        return self.cost_before != self.cost_after and all(a <= b for a, b in zip(self.cost_after, self.cost_before))
+        """Faster at one size and slower at none (by more than the model's grain)."""
+        pairs = list(zip(self.cost_after, self.cost_before))
+        return any(after < before for after, before in pairs) and all(after <= GRAIN * before for after, before in pairs)
 
     @property
     def gain(self) -> float:
