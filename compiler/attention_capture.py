@@ -170,10 +170,10 @@ class AttentionCapture:
                 return f"regraft::attention refuses its arguments ({first_lines(error, 120)})"
             if found.shape != wanted.shape:
                 return f"its eager attention returns {tuple(wanted.shape)}, the op {tuple(found.shape)}"
-            error = _difference(found, wanted, rows)
-            if error > _TOLERANCE:
+            off = _difference(found, wanted, rows)
+            if off > _TOLERANCE:
                 given = ", ".join(sorted(n for n, x in keywords.items() if x is not None and x is not False))
-                return f"the op differs from its eager attention by {error:.1e} under the keywords {given}"
+                return f"the op differs from its eager attention by {off:.1e} under the keywords {given}"
             if self.loaded_with(module) == "sdpa":
                 sdpa_drops = sdpa_drops or _sdpa_difference(module, qs, ks, vs, mask, keywords, wanted, rows)
         if sdpa_drops:

@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from .cache_recording import Blueprint
 from .errors import CaptureError, first_lines, model_files, source_line
-from .example_inputs import enlarge, on_device, proposals, same_batch
+from .example_inputs import enlarge, on_device, proposals, same_batch, same_length
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
 from .outputs import Structure, caches, flatten
@@ -125,11 +125,14 @@ class _Call(nn.Module):
         self._static = static
         self._blueprint = blueprint
         self.batch: tuple[str, ...] = ()
+        self.lengths: tuple[tuple[str, str], ...] = ()
         self.returned = _Returned()
 
     def forward(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
         for name in self.batch[1:]:
             torch._check(tensors[name].shape[0] == tensors[self.batch[0]].shape[0])
+        for name, other in self.lengths:
+            torch._check(tensors[name].shape[1] == tensors[other].shape[1])
         static = dict(self._static)
         if self._blueprint is not None:
             static["past_key_values"] = self._blueprint.recorder()
@@ -142,12 +145,12 @@ def _export(call: _Call, tensors: dict[str, Tensor], files: frozenset[str]) -> t
     """With the most dynamic dimensions that export takes."""
     refused: Exception | None = None
     for dims in proposals(tensors):
-        call.batch = tuple(same_batch(tensors, dims))
-        shapes = {n: {d: Dim.AUTO if d in dims[n] else None for d in range(t.dim())} for n, t in tensors.items()}
+        call.batch, call.lengths = tuple(same_batch(tensors, dims)), tuple(same_length(tensors, dims))
+        shapes = {n: [Dim.AUTO if d in dims[n] else Dim.STATIC for d in range(t.dim())] for n, t in tensors.items()}
         try:
             exported = torch.export.export(call, (tensors,), dynamic_shapes=(shapes,), strict=False)
             exported = exported.run_decompositions({})
-        except Exception as error:  # torch.export raises what the traced code raises
+        except Exception as error:  # noqa: BLE001  (export raises whatever the traced code raises)
             refused = refused or error
             if any(name in _chain(error) for name in _NO_DIMENSION_HELPS):
                 break

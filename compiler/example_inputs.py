@@ -84,6 +84,26 @@ def same_batch(tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]) -> 
     return [n for n in names if tensors[n].shape[0] == tensors[names[0]].shape[0]]
 
 
+def same_length(tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+    """Pairs of inputs whose dimension 1 is one length: a mask (rank 2, zeros and ones) and the tokens it is for.
+
+    transformers would take a longer mask and ignore its end; a graph whose mask has a length of its own is harder to
+    improve, and nobody calls it so.
+    """
+    rows = {n: t for n, t in tensors.items() if t.dim() in (2, 3) and 1 in dims[n] and (t.dim() == 3 or _integral(t))}
+    masks = [n for n, t in rows.items() if t.dim() == 2 and not t.is_meta and bool(((t == 0) | (t == 1)).all())]
+    pairs = []
+    for mask in masks:
+        partner = next((n for n, t in rows.items() if n not in masks and t.shape[1] == tensors[mask].shape[1]), None)
+        if partner is not None:
+            pairs.append((mask, partner))
+    return pairs
+
+
+def _integral(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point()
+
+
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The tensors where the weights are; on meta they are shapes only."""
     return {n: t if t.device == device else t.to(device) for n, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""From torch's `ExportedProgram` to `Program`: what each placeholder is, without noise and without copies of weights."""
+"""From torch's `ExportedProgram` to `Program`: what each placeholder is, without noise and without copying weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _input(node: fx.Node, spec: Any, prefix: str, exported: ExportedProgram) -> 
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
 

@@ -81,7 +81,7 @@ def _length_symbols(program: Program) -> list[str]:
 
 def _longest(program: Program, model: nn.Module, node: fx.Node, rows: int, symbol: str) -> int | None:
     try:
-        piece = Slice.of(program, node, model)
+        piece = Slice.of(program, [node], model)
         largest = [_largest(piece, program, symbol, length) for length in (_SHORT, _LONG)]
     except SliceError as error:
         log.debug("positions %s: %s", node.name, error)
@@ -92,7 +92,7 @@ def _longest(program: Program, model: nn.Module, node: fx.Node, rows: int, symbo
     if longest < _SHORT:
         return None
     # relative buckets grow by one a token at first and saturate below the number of rows
-    low, high = program.limits.ranges.get(symbol, (1, None))
+    high = program.limits.ranges.get(symbol, (1, None))[1]
     beyond = longest + 1 if high is None else min(longest + 1, high)
     try:
         if len(node.meta["val"].shape) > 2 or _largest(piece, program, symbol, beyond) != largest[0] - _SHORT + beyond:
@@ -104,4 +104,4 @@ def _longest(program: Program, model: nn.Module, node: fx.Node, rows: int, symbo
 
 def _largest(piece: Slice, program: Program, symbol: str, length: int) -> int:
     values: dict[str, Tensor] = sample(program, {symbol: length})
-    return int(piece(values).max())
+    return int(piece(values)[0].max())

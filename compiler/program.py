@@ -108,6 +108,15 @@ class Limits:
                 return f"the captured graph needs {text}"
         return None
 
+    def sizes(self, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        """The value of each symbol for these tensors."""
+        return {
+            wanted: size
+            for name, guard in self.tensors.items()
+            for size, wanted in zip(tensors[name].shape, guard.shape, strict=True)
+            if isinstance(wanted, str)
+        }
+
     def too_long(self, tensors: dict[str, torch.Tensor]) -> str | None:
         """A sentence where a dimension is longer than the model itself allows (learned positions), else `None`."""
         for name, guard in self.tensors.items():

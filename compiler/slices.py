@@ -6,6 +6,7 @@ microseconds, which is how they are classified (`masks`) and bounded (`positions
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,15 @@ class SliceError(ValueError):
 
 @dataclass(frozen=True)
 class Slice:
-    """`slice(inputs by keyword) -> Tensor`. `users` are the keywords that are read, `state` the weights and buffers."""
+    """`slice(inputs by keyword) -> one tensor for each node asked for`.
+
+    `users` are the keywords that it reads. Parameters and buffers are looked up in `model` at each call, so that a
+    moved or replaced weight is no surprise.
+    """
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
-    state: dict[str, Tensor]
+    model: nn.Module | None
     nodes: int
 
     @property
@@ -35,16 +40,19 @@ class Slice:
         return tuple(made.target for made in self.inputs if made.kind is InputKind.USER)
 
     @property
-    def reads_parameters(self) -> bool:
-        return any(made.kind is InputKind.PARAMETER for made in self.inputs)
+    def users_by_value(self) -> tuple[str, ...]:
+        """Inputs of which more is read than their sizes."""
+        nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        return tuple(
+            made.target
+            for node, made in zip(nodes, self.inputs, strict=True)
+            if made.kind is InputKind.USER and any(u.target is not torch.ops.aten.sym_size.int for u in node.users)
+        )
 
     @classmethod
-    def of(cls, program: Program, node: fx.Node, model: nn.Module | None) -> Slice:
-        """The backward slice of `node`; parameters and buffers that it reads are those of `model`, not copied.
-
-        Raises `SliceError` where state is missing, on meta, or larger than any mask needs.
-        """
-        wanted, stack = {node}, [node]
+    def of(cls, program: Program, nodes: Sequence[fx.Node], model: nn.Module | None) -> Slice:
+        """The backward slice of `nodes`; `SliceError` where state is missing, on meta, or too large for a mask."""
+        wanted, stack = set(nodes), list(nodes)
         while stack:
             for source in stack.pop().all_input_nodes:
                 if source not in wanted:
@@ -53,7 +61,7 @@ class Slice:
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         meaning = program.placeholder_inputs()
-        inputs, state = [], {}
+        inputs = []
         for old in program.graph.nodes:
             if old not in wanted:
                 continue
@@ -61,17 +69,17 @@ class Slice:
                 made = meaning[old]
                 inputs.append(made)
                 if made.kind is not InputKind.USER:
-                    state[made.name] = _state(made, model)
+                    _state(made, model)
             env[old] = graph.node_copy(old, lambda n: env[n])
-        graph.output(env[node])
-        return cls(fx.GraphModule(program.gm, graph), tuple(inputs), state, len(wanted))
+        graph.output(tuple(env[node] for node in nodes))
+        return cls(fx.GraphModule(program.gm, graph), tuple(inputs), model, len(wanted))
 
-    def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
+    def __call__(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Evaluate on inputs by keyword; raises `SliceError` where the slice does not run on them."""
-        values = [tensors[i.target] if i.kind is InputKind.USER else self.state[i.name] for i in self.inputs]
+        values = [tensors[i.target] if i.kind is InputKind.USER else _state(i, self.model) for i in self.inputs]
         try:
             with torch.no_grad():
-                out: Tensor = self.module(*values)
+                out: tuple[Tensor, ...] = self.module(*values)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise SliceError(f"does not run at this size: {error}") from error
         return out
@@ -101,18 +109,21 @@ def _find(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def sample(program: Program, sizes: dict[str, int], batch: int = 2, default: int = 6) -> dict[str, Tensor]:
-    """Inputs of the given sizes by symbol: ones for integers and booleans, zeros for floats.
-
-    Symbols not named get `batch` where they are dimension 0 of an input, `default` otherwise, within their ranges.
-    """
-    chosen = dict(sizes)
+def sizes_of(program: Program, chosen: Mapping[str, int], batch: int = 2, default: int = 6) -> dict[str, int]:
+    """A size for each symbol of the inputs: as chosen, else `batch` in dimension 0, `default` elsewhere; in range."""
+    sizes = dict(chosen)
     for guard in program.limits.tensors.values():
         for dim, symbol in enumerate(guard.shape):
-            if isinstance(symbol, str) and symbol not in chosen:
+            if isinstance(symbol, str) and symbol not in sizes:
                 low, high = program.limits.ranges.get(symbol, (1, None))
                 size = max(low, batch if dim == 0 else default)
-                chosen[symbol] = size if high is None else min(size, high)
+                sizes[symbol] = size if high is None else min(size, high)
+    return sizes
+
+
+def sample(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of these sizes by symbol: ones for integers and booleans, zeros for floats."""
+    chosen = sizes_of(program, sizes)
     device = next((t.device for t in program.example.values()), torch.device("cpu"))
     out = {}
     for name, guard in program.limits.tensors.items():
