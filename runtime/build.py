@@ -24,13 +24,10 @@ from .errors import ParityError, RegraftError
 from .executable import Executable
 from .options import Options
 from .record import Record, SignatureRecord
-from .repair import repair
+from .repair import Attempt, Compile, Site, repair
 from .weights import Weights
 
 log = logging.getLogger("regraft")
-
-Site = tuple[str, str]
-"""A rule and the name of the node it replaced."""
 
 
 class CompiledLike(Protocol):
@@ -55,9 +52,13 @@ class Stages(Protocol):
         *,
         verify: str,
         deny: frozenset[Site],
+        kernels: bool,
         device: torch.device,
     ) -> CompiledLike:
-        """The program after all passes, with their results; `program` stays as it was."""
+        """The program after all passes, with their results; `program` stays as it was.
+
+        Without `kernels` every op is computed by its reference.
+        """
         ...
 
 
@@ -139,48 +140,65 @@ class Builder:
             program = self._stages.capture(self.module, call, forward)
         entry.notes += program.notes
 
-        def compile_with(verify: str, deny: frozenset[Site]) -> Executable:
+        certify = self._certifier(program, call, entry)
+        attempt = self._attempts(program, entry, certify)
+        tried = attempt(self.options.verify, frozenset(), True)
+        if not tried.certificate.passed:
+            log.warning("%s: %s; looking for the rewrite", entry.arguments, tried.certificate.reason)
+            captured = certify(Executable(program, self.weights))
+            if not captured.passed:
+                raise ParityError(f"the captured graph differs from the original: {captured.reason}")
+            tried, entry.reverted = repair(attempt, tried.certificate.reason)
+            for reverted in entry.reverted:
+                log.warning("reverted %s at %s: %s", reverted.rule, reverted.module or "the model", reverted.reason)
+        entry.passes, entry.program = tried.passes, tried.candidate.program
+        if self.options.dry_run:
+            return Served(tried.candidate)
+        entry.certificate = tried.certificate if self.options.verify != "off" else None
+        if not tried.certificate.passed:
+            raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
+        self._pack(tried.candidate, entry)
+        kinds = caches.kinds_of_output(tried.candidate(program.example)) if call.cache else None
+        return Served(tried.candidate, kinds)
+
+    def _certifier(self, program: Program, call: Call, entry: SignatureRecord) -> Callable[[Executable], Certificate]:
+        """What packs and certifies candidates for one captured program; the original is asked only once."""
+        judge: Judge | None = None
+
+        def certify(executable: Executable) -> Certificate:
+            nonlocal judge
+            self._pack(executable, entry)
+            with timed(entry.seconds, "certificate"):
+                judge = judge or self._judge(program, call)
+                return judge.measure(executable)
+
+        return certify
+
+    def _attempts(
+        self, program: Program, entry: SignatureRecord, certify: Callable[[Executable], Certificate]
+    ) -> Compile[Executable]:
+        def attempt(verify: str, deny: frozenset[Site], kernels: bool) -> Attempt[Executable]:
             with timed(entry.seconds, "compile"):
                 compiled = self._stages.compile(
-                    program, self.options, self.weights.value, verify=verify, deny=deny, device=self.device
+                    program,
+                    self.options,
+                    self.weights.value,
+                    verify=verify,
+                    deny=deny,
+                    kernels=kernels,
+                    device=self.device,
                 )
-            entry.passes, entry.program = compiled.passes, compiled.program
-            return Executable(compiled.program, self.weights)
+                executable = Executable(compiled.program, self.weights)
+            unchecked = self.options.dry_run or verify == "off"
+            return Attempt(executable, compiled.passes, Certificate(True) if unchecked else certify(executable))
 
-        executable = compile_with(self.options.verify, frozenset())
-        if self.options.dry_run:
-            return Served(executable)
-        if self.options.verify != "off":
-            with timed(entry.seconds, "certificate"):
-                judge = self._judge(program, call)
-                certificate = self._measure(judge, executable, entry)
-            if not certificate.passed:
-                log.warning("%s: %s; looking for the rewrite", entry.arguments, certificate.reason)
-                with timed(entry.seconds, "repair"):
-                    captured = judge.measure(Executable(program, self.weights))
-                    if not captured.passed:
-                        raise ParityError(f"the captured graph differs from the original: {captured.reason}")
-                    executable, certificate, entry.reverted = repair(
-                        compile_with,
-                        lambda e: self._measure(judge, e, entry),
-                        executable,
-                        certificate,
-                        lambda: entry.passes,
-                    )
-            entry.certificate = certificate
-            if not certificate.passed:
-                raise ParityError(f"the rewritten graph differs from the original: {certificate.reason}")
-        with timed(entry.seconds, "pack"):
-            executable.prepare()
-        tensors = program.example
-        kinds = caches.kinds_of_output(executable(tensors)) if call.cache else None
-        return Served(executable, kinds)
+        return attempt
 
-    def _measure(self, judge: Judge, executable: Executable, entry: SignatureRecord) -> Certificate:
+    def _pack(self, executable: Executable, entry: SignatureRecord) -> None:
+        """Pack what this and the graphs already in use want, and nothing else."""
         with timed(entry.seconds, "pack"):
             self.weights.keep([*(r for s in self.served for r in s.executable.recipes), *executable.recipes])
             executable.prepare()
-        return judge.measure(executable)
 
     def _judge(self, program: Program, call: Call) -> Judge:
         def raised(tensors: Mapping[str, torch.Tensor], target: torch.dtype) -> Any:

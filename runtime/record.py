@@ -27,7 +27,10 @@ class SignatureRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """`capture`, `compile`, `pack`, `certificate`."""
     program: Any = None
-    """The rewritten program; left out of pickles and JSON."""
+    """The rewritten program; left out of copies and pickles, which capture anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "program": None}
 
 
 @dataclass

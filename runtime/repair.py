@@ -1,11 +1,16 @@
-"""A certificate that fails: verify every site; if that does not help, find the rewrites to blame, and revert them."""
+"""A certificate that fails: verify every site; if that does not help, find the rewrites to blame, and revert them.
+
+In order: every site verified; no kernels, only their references; then the rules, and within a wrong rule its sites, by
+halving. What is kept is as much as passes the certificate.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ..compiler.records import PassResult, Reverted, Rewrite
 from .certificate import Certificate
@@ -13,73 +18,90 @@ from .certificate import Certificate
 log = logging.getLogger("regraft")
 
 Site = tuple[str, str]
+"""A rule, and the name of a node it replaced, or `*` for the whole rule."""
 T = TypeVar("T")
 
 MAX_TRIALS = 40
 MAX_TRIALS_A_RULE = 10
 """Compilations spent on the search, over rules and then within a wrong one; what is undecided then is reverted."""
+AFTER_REWRITING = ("PACK", "LOWER")
 
 
-def repair(
-    compile_with: Callable[[str, frozenset[Site]], T],
-    measure: Callable[[T], Certificate],
-    candidate: T,
-    certificate: Certificate,
-    passes: Callable[[], Iterable[PassResult]],
-) -> tuple[T, Certificate, list[Reverted]]:
-    """The candidate with as many rewrites as pass the certificate, its certificate, and what was reverted.
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """One compilation, certified."""
 
-    `compile_with(verify, deny)` compiles, `measure` certifies, `passes()` are the results of the last compilation.
-    """
-    reason = certificate.reason
-    candidate = compile_with("full", frozenset())
-    certificate = measure(candidate)
-    if certificate.passed:
-        caught = [r for p in passes() for r in p.reverted]
-        log.warning("verifying every site reverted %d rewrites", len(caught))
-        return candidate, certificate, []
-    rewrites = [r for p in passes() for r in p.rewrites]
-    sites = [sites_of(r) for r in rewrites]
+    candidate: T
+    passes: list[PassResult]
+    certificate: Certificate
 
-    def works(kept: Sequence[int]) -> bool:
-        nonlocal candidate, certificate
-        chosen = set(kept)
-        denied = frozenset(s for i, group in enumerate(sites) if i not in chosen for s in group)
-        candidate = compile_with("full", denied)
-        certificate = measure(candidate)
-        return certificate.passed
-
-    def also(sure: Sequence[int], more: Sequence[int]) -> bool:
-        return works([*sure, *more])
-
-    by_rule: dict[str, list[int]] = {}
-    for index, rewrite in enumerate(rewrites):
-        by_rule.setdefault(rewrite.rule, []).append(index)
-    rules = list(by_rule.values())
-    whole = largest_working(range(len(rules)), lambda chosen: works([i for r in chosen for i in rules[r]]))
-    kept = [i for r in whole for i in rules[r]]
-    for r in sorted(set(range(len(rules))) - set(whole)):  # a rule that is wrong somewhere may be right elsewhere
-        sure = tuple(kept)
-        kept += largest_working(rules[r], partial(also, sure), limit=MAX_TRIALS_A_RULE)
-    works(kept)
-    blamed = [r for i, r in enumerate(rewrites) if i not in set(kept)]
-    return candidate, certificate, [_reverted(r, reason) for r in blamed]
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        """What rules replaced; packing and the choice of kernels are not rules."""
+        return [r for p in self.passes if p.stage not in AFTER_REWRITING for r in p.rewrites]
 
 
-def largest_working(items: Sequence[int], works: Callable[[Sequence[int]], bool], limit: int = MAX_TRIALS) -> list[int]:
-    """As many of `items` as can be kept while `works(kept)`, by halving; at most `limit` trials."""
-    good: list[int] = []
-    queue = [list(items)]
+Compile = Callable[[str, frozenset[Site], bool], Attempt[T]]
+"""`(verify, deny, kernels)`: compile, pack and certify."""
+
+
+def repair(attempt: Compile[T], reason: str) -> tuple[Attempt[T], list[Reverted]]:
+    """The attempt with as many rewrites as pass the certificate, and what was reverted; `reason` is what failed."""
+    full = attempt("full", frozenset(), True)
+    if full.certificate.passed:
+        log.warning("verifying every site reverted %d rewrites", sum(len(p.reverted) for p in full.passes))
+        return full, []
+    plain = attempt("full", frozenset(), False)
+    if plain.certificate.passed:
+        message = f"the whole model differed: {reason}; the references of all ops are used instead of kernels"
+        return plain, [Reverted("lower", "", "", message)]
+    rules = list(dict.fromkeys(r.rule for r in full.rewrites))
+
+    def with_rules(kept: Sequence[str]) -> bool:
+        deny = frozenset((r, "*") for r in rules if r not in kept)
+        return attempt("full", deny, True).certificate.passed
+
+    kept_rules = largest_working(rules, with_rules)
+    wrong = [r for r in rules if r not in kept_rules]
+    denied: set[Site] = {(r, "*") for r in wrong}
+    reverted: list[Rewrite] = []
+    for rule in wrong:  # wrong at one site, it may be right at others
+        denied.discard((rule, "*"))
+        own = [r for r in full.rewrites if r.rule == rule]
+
+        def with_sites(kept: Sequence[int], own: list[Rewrite], others: frozenset[Site]) -> bool:
+            deny = others | {s for i, r in enumerate(own) if i not in kept for s in sites_of(r)}
+            return attempt("full", deny, True).certificate.passed
+
+        test = partial(with_sites, own=own, others=frozenset(denied))
+        kept_sites = largest_working(range(len(own)), test, MAX_TRIALS_A_RULE) if len(own) > 1 else []
+        bad = [r for i, r in enumerate(own) if i not in kept_sites]
+        denied |= {s for r in bad for s in sites_of(r)} if kept_sites else {(rule, "*")}
+        reverted += bad
+    final = attempt("full", frozenset(denied), True)
+    return final, [_reverted(r, reason) for r in reverted]
+
+
+K = TypeVar("K")
+
+
+def largest_working(items: Sequence[K], works: Callable[[Sequence[K]], bool], limit: int = MAX_TRIALS) -> list[K]:
+    """As many of `items` as can be kept while `works(kept)`, by halving; all together are known to fail."""
+    good: list[K] = []
+    half = (len(items) + 1) // 2
+    queue = [list(items[:half]), list(items[half:])]
     trials = 0
     while queue and trials < limit:
         part = queue.pop(0)
+        if not part:
+            continue
         trials += 1
         if works([*good, *part]):
             good += part
         elif len(part) > 1:
             half = len(part) // 2
             queue[:0] = [part[:half], part[half:]]
-    return sorted(good)
+    return [i for i in items if i in good]
 
 
 def sites_of(rewrite: Rewrite) -> frozenset[Site]:

@@ -38,16 +38,17 @@ class Pipeline:
         *,
         verify: str,
         deny: frozenset[tuple[str, str]],
+        kernels: bool,
         device: torch.device,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was."""
         settings = Settings(
             device=device,
-            verify="off" if options.dry_run else verify,
-            enabled={name: options.passes.get(name, True) for name in PASS_NAMES},
+            verify=verify,
+            enabled={name: options.passes.get(name, True) and (kernels or name != "lower") for name in PASS_NAMES},
             rules=options.rules,
             deny=deny,
-            weights=weights,
+            weights=None if options.dry_run else weights,
             inputs=program.example,
         )
         return compile_program(program, settings)

@@ -129,11 +129,10 @@ class Weights:
     def repack(self) -> None:
         """After `Change.VALUES`: bring every packed weight up to date and make the sources views again."""
         for key, pack in list(self.packs.items()):
-            if _fresh(pack) and all(map(is_, self._sources(pack.recipe), pack.sources)):
-                continue
+            sources = self._sources(pack.recipe)
             if pack.views:
-                self._lay(pack, self._sources(pack.recipe))
-            else:
+                self._lay(pack, sources)
+            elif not (_fresh(pack) and all(map(is_, sources, pack.sources))):
                 self.packs[key] = self._copy(pack.recipe)
         self._note(list(map(getitem, self._tables, self._names)))
 
@@ -189,13 +188,14 @@ class Weights:
 
     def _lay(self, pack: Pack, sources: Sequence[torch.Tensor]) -> None:
         """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
-        row = 0
-        for source in sources:
-            rows = pack.value.narrow(0, row, source.shape[0])
-            row += source.shape[0]
-            if source.data_ptr() != rows.data_ptr() or not source.is_contiguous():
-                rows.copy_(source)
-                source.data = rows
+        starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
+        places = [(s, pack.value.narrow(0, start, s.shape[0])) for s, start in zip(sources, starts, strict=False)]
+        moved = [(s, rows) for s, rows in places if s.data_ptr() != rows.data_ptr() or not s.is_contiguous()]
+        storage = pack.value.untyped_storage().data_ptr()
+        inside = {id(s): s.clone() for s, _ in moved if s.untyped_storage().data_ptr() == storage}  # exchanged rows
+        for source, rows in moved:
+            rows.copy_(inside.get(id(source), source))
+            source.data = rows
         pack.sources = list(sources)
 
     def _copy(self, recipe: Recipe) -> Pack:
@@ -250,7 +250,7 @@ def compute(recipe: Recipe, sources: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _fresh(pack: Pack) -> bool:
-    """Whether a packed weight still says what its sources say; views do by construction while they are views."""
+    """Whether a packed weight still says what its sources say; views do by construction, while they are views."""
     return pack.views or [(s.data_ptr(), _version(s)) for s in pack.sources] == pack.marks
 
 
