@@ -6,6 +6,7 @@ says how far a measured time is from what the device could do; it does not predi
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ import torch
 from torch import fx
 
 from ..kernels.cost import Cost, nbytes, numel, sizes
-from ..kernels.table import op_of
+from ..kernels.op import Op
+from ..kernels.table import OPS, PROVIDERS, op_of
 from .device import Device
 from .provenance import module_of
 from .shapes import evaluate
@@ -56,10 +58,10 @@ def node_cost(node: fx.Node) -> Cost:
         called = [_attribute(node, a) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         return total(node_cost(n) for sub in called if isinstance(sub, fx.GraphModule) for n in sub.graph.nodes)
     outputs = _tensors(node.meta.get("val"))
-    if not outputs or not isinstance(node.target, torch._ops.OpOverload):
+    own = called_op(node.target)
+    if not outputs or (own is None and not isinstance(node.target, torch._ops.OpOverload)):
         return FREE
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    own = op_of(node.target)
     if own is not None:
         return own.cost(*args, **kwargs)
     name = node.target._schema.name.removeprefix("aten::")
@@ -71,6 +73,17 @@ def node_cost(node: fx.Node) -> Cost:
         return Cost(sympy.S.Zero, 2 * moved + nbytes(*inputs[1:]))
     moved += nbytes(*inputs)
     return Cost(_flops(name, args, kwargs, inputs, outputs), moved)
+
+
+def called_op(target: Any) -> Op | None:
+    """The op of ours that a node's target computes: the op itself, its reference, or one of its kernels."""
+    return op_of(target) or (_implementations().get(target) if callable(target) else None)
+
+
+@functools.cache
+def _implementations() -> Mapping[Any, Op]:
+    kernels = {kernel.run: kernel.op for providers in PROVIDERS.values() for kernel in providers}
+    return kernels | {op.reference: op for op in OPS.values()}
 
 
 def _flops(name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> sympy.Expr:
@@ -183,7 +196,10 @@ class GraphCost:
 
 
 def op_name(node: fx.Node) -> str:
-    """`regraft.rms_norm`, `aten.linear`: what a table of ops calls a node."""
+    """`regraft.rms_norm`, `aten.linear`: what a table of ops calls a node, also after kernels were chosen."""
+    own = called_op(node.target)
+    if own is not None:
+        return f"regraft.{own.name}"
     schema = getattr(node.target, "_schema", None)
     return schema.name.replace("::", ".") if schema is not None else str(getattr(node.target, "__name__", node.target))
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..compiler.errors import CaptureError
-from ..compiler.program import Input, InputKind, Program
+from ..compiler.expected import PASS_OF, expectations
+from ..compiler.program import Input, InputKind, Note, Program
 from ..compiler.records import PassResult
 from ..compiler.verify import Upcast
 from . import caches
 from .call import Call
 from .certificate import Certificate, Judge
 from .checks import device_of
-from .errors import ParityError, RegraftError
+from .errors import ParityError, RegraftError, StrictError
 from .executable import Executable
+from .logs import tell
 from .options import Options
 from .record import Record, SignatureRecord
 from .repair import Attempt, Compile, Site, repair
@@ -54,10 +58,11 @@ class Stages(Protocol):
         deny: frozenset[Site],
         kernels: bool,
         device: torch.device,
+        keep_text: bool = False,
     ) -> CompiledLike:
         """The program after all passes, with their results; `program` stays as it was.
 
-        Without `kernels` every op is computed by its reference.
+        Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text.
         """
         ...
 
@@ -125,6 +130,9 @@ class Builder:
                 served = self._build(call, entry)
         except (CaptureError, RegraftError) as error:
             entry.reason = str(error)
+            captured = isinstance(error, CaptureError)
+            note = Note(error.module, error.reason, error.source) if captured else Note("", str(error))
+            entry.notes.append(note)
             log.warning("%s: %s", entry.arguments, error)
             self.weights.keep(r for s in self.served for r in s.executable.recipes)
             raise
@@ -151,7 +159,9 @@ class Builder:
             tried, entry.reverted = repair(attempt, tried.certificate.reason)
             for reverted in entry.reverted:
                 log.warning("reverted %s at %s: %s", reverted.rule, reverted.module or "the model", reverted.reason)
-        entry.passes, entry.program = tried.passes, tried.candidate.program
+        entry.passes, entry.program, entry.captured = tried.passes, tried.candidate.program, program
+        self._expect(entry)
+        tell(self.record.model, entry)
         if self.options.dry_run:
             return Served(tried.candidate)
         entry.certificate = tried.certificate if self.options.verify != "off" else None
@@ -160,6 +170,29 @@ class Builder:
         self._pack(tried.candidate, entry)
         kinds = caches.kinds_of_output(tried.candidate(program.example)) if call.cache else None
         return Served(tried.candidate, kinds)
+
+    def _expect(self, entry: SignatureRecord) -> None:
+        """Compare what was found with what this model should have.
+
+        Raises:
+            StrictError: less was found than expected, and `strict` was asked for.
+        """
+        disabled = [name for name, enabled in self.options.passes.items() if not enabled]
+        config = getattr(self.module, "config", None)
+        entry.expected = expectations(entry.program, config, self.module, disabled)
+        short = [e for e in entry.expected if not e.met]
+        for e in short:
+            log.warning("%s: %d of %d found; %s", e.what, e.found, e.expected, "; ".join(e.missing[:3]))
+        if short and self.options.strict:
+            told = "; ".join(f"{e.what}: {e.found} of {e.expected} found ({', '.join(e.missing[:3])})" for e in short)
+            raise StrictError(
+                f"less was recognised than {type(self.module).__name__} should have: {told}. "
+                f"To go on without: optimize(model, passes={{{PASS_OF[short[0].what]!r}: False}}) or strict=False"
+            )
+        reverted = [*entry.reverted, *(r for p in entry.passes for r in p.reverted)]
+        if reverted and self.options.strict:
+            told = "; ".join(f"{r.rule} at {r.module or 'the model'} ({r.reason})" for r in reverted[:3])
+            raise StrictError(f"rewrites of {type(self.module).__name__} were reverted: {told}")
 
     def _certifier(self, program: Program, call: Call, entry: SignatureRecord) -> Callable[[Executable], Certificate]:
         """What packs and certifies candidates for one captured program; the original is asked only once."""
@@ -178,16 +211,19 @@ class Builder:
         self, program: Program, entry: SignatureRecord, certify: Callable[[Executable], Certificate]
     ) -> Compile[Executable]:
         def attempt(verify: str, deny: frozenset[Site], kernels: bool) -> Attempt[Executable]:
+            compile_it = partial(
+                self._stages.compile,
+                program,
+                self.options,
+                self.weights.value,
+                verify=verify,
+                deny=deny,
+                kernels=kernels,
+                device=self.device,
+            )
+            entry.retrace = lambda: compile_it(keep_text=True).passes
             with timed(entry.seconds, "compile"):
-                compiled = self._stages.compile(
-                    program,
-                    self.options,
-                    self.weights.value,
-                    verify=verify,
-                    deny=deny,
-                    kernels=kernels,
-                    device=self.device,
-                )
+                compiled = compile_it(keep_text=bool(os.environ.get("REGRAFT_DUMP_DIR")))
                 executable = Executable(compiled.program, self.weights)
             unchecked = self.options.dry_run or verify == "off"
             return Attempt(executable, compiled.passes, Certificate(True) if unchecked else certify(executable))

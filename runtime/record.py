@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..compiler.expected import Expectation
 from ..compiler.program import Note
 from ..compiler.records import PassResult, Reverted
 from .certificate import Certificate
@@ -28,9 +30,15 @@ class SignatureRecord:
     """`capture`, `compile`, `pack`, `certificate`."""
     program: Any = None
     """The rewritten program; left out of copies and pickles, which capture anew."""
+    captured: Any = None
+    """The program before the passes; left out like `program`."""
+    retrace: Callable[[], list[PassResult]] | None = None
+    """Runs the same passes again and keeps each one's graph as text; left out like `program`."""
+    expected: tuple[Expectation, ...] = ()
+    """What the model should have, against what was found."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "program": None}
+        return {**self.__dict__, "program": None, "captured": None, "retrace": None}
 
 
 @dataclass
@@ -43,5 +51,10 @@ class Record:
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Calls the original served, by reason."""
     notes: list[Note] = field(default_factory=list)
+    dtype: str = ""
+    device: str = ""
+    parameters: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Those of `optimize` that are not at their default."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes: `weights`, `packed_views` (no extra memory), `packed_copies` (extra)."""

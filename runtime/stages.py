@@ -40,6 +40,7 @@ class Pipeline:
         deny: frozenset[tuple[str, str]],
         kernels: bool,
         device: torch.device,
+        keep_text: bool = False,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was."""
         settings = Settings(
@@ -50,5 +51,6 @@ class Pipeline:
             deny=deny,
             weights=None if options.dry_run else weights,
             inputs=program.example,
+            keep_text=keep_text,
         )
         return compile_program(program, settings)
