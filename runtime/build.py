@@ -37,8 +37,11 @@ log = logging.getLogger("regraft")
 class CompiledLike(Protocol):
     """What a compiler returns."""
 
-    program: Program
-    passes: list[PassResult]
+    @property
+    def program(self) -> Program: ...
+
+    @property
+    def passes(self) -> list[PassResult]: ...
 
 
 class Stages(Protocol):
@@ -130,9 +133,10 @@ class Builder:
                 served = self._build(call, entry)
         except (CaptureError, RegraftError) as error:
             entry.reason = str(error)
-            captured = isinstance(error, CaptureError)
-            note = Note(error.module, error.reason, error.source) if captured else Note("", str(error))
-            entry.notes.append(note)
+            if isinstance(error, CaptureError):
+                entry.notes.append(Note(error.module, error.reason, error.source))
+            else:
+                entry.notes.append(Note("", str(error)))
             log.warning("%s: %s", entry.arguments, error)
             self.weights.keep(r for s in self.served for r in s.executable.recipes)
             raise

@@ -76,7 +76,7 @@ class Signature:
         """The call as tensors, static values and key. Never raises: what cannot be served is named in `unserved`."""
         bound = self.bind(args, kwargs)
         if bound is None or self.variadic:
-            return Call({}, {}, (), "the arguments do not fit the signature of forward")
+            return Call({}, {}, (), unserved="arguments that do not fit the signature of forward")
         past = bound.pop("past_key_values", None)
         unserved = None
         if past is not None and not is_empty(past):

@@ -168,18 +168,15 @@ def named_outputs(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return {prefix or "output": output}
     if isinstance(output, EncoderDecoderCache):
-        parts = {"self": output.self_attention_cache, "cross": output.cross_attention_cache}
-        return {k: v for n, part in parts.items() for k, v in named_outputs(part, dot + n).items()}
+        both = {"self": output.self_attention_cache, "cross": output.cross_attention_cache}
+        return {k: v for n, part in both.items() for k, v in named_outputs(part, dot + n).items()}
     if isinstance(output, Cache):
         layers = ((i, x) for i, x in enumerate(output.layers) if isinstance(getattr(x, "keys", None), torch.Tensor))
         return {f"{dot}{i}.{part}": getattr(layer, part) for i, layer in layers for part in ("keys", "values")}
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, (tuple, list)):
-        items = ((str(i), v) for i, v in enumerate(output))
-    else:
-        return {}
-    return {k: v for name, value in items for k, v in named_outputs(value, dot + str(name)).items()}
+    parts: Mapping[Any, Any] = output if isinstance(output, Mapping) else {}
+    if isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    return {k: v for name, value in parts.items() for k, v in named_outputs(value, dot + str(name)).items()}
 
 
 def _share(error: Distance, bound: Distance) -> float:

@@ -25,6 +25,7 @@ from .errors import InputError, RegraftError, RegraftWarning, StrictError
 from .hooks import Hooks
 from .options import Options
 from .record import Record
+from .report import Report
 from .weights import Change, Weights
 
 MAX_SIGNATURES = 32
@@ -78,6 +79,11 @@ class Dispatch:
     def graphs(self) -> list[Served]:
         """The graphs captured so far."""
         return [s for served in self._table.values() if not isinstance(served, Unserved) for s in served]
+
+    @property
+    def report(self) -> Report:
+        """What happened to the model."""
+        return Report(self.record)
 
     # -- calls ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class Executable:
         slots = [weights.slots[i.target] for i in live]
         self._tables = [s[0] for s in slots]
         self._names = [s[1] for s in slots]
-        self._constants = [i.value for i in grouped[InputKind.CONSTANT]]
+        self._constants = [weights.value(i) for i in grouped[InputKind.CONSTANT]]
         self.recipes: list[Recipe] = [i.recipe for i in grouped[InputKind.PACKED] if i.recipe is not None]
         self._packs = [pack_key(r) for r in self.recipes]
         self.arguments = tuple(i.target for i in grouped[InputKind.USER])

@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from ..compiler.program import Note
+from .announce import announcement
 from .build import Stages, Unserved, evaluating
-from .checks import check_inputs, check_model, device_of, weight_bytes
+from .checks import check_inputs, check_model, device_of, dtype_of, weight_bytes
 from .dispatch import Dispatch
 from .errors import InputError, closest
 from .examples import make_examples
+from .logs import listen
 from .options import Options, PassChoice, make_options
 from .record import Record
+from .report import Report
+from .stages import PASS_NAMES, Pipeline, is_rule
 
 log = logging.getLogger("regraft")
 
@@ -39,8 +43,44 @@ def optimize(
     verbose: bool | None = None,
     **unknown: Any,
 ) -> Any:
-    from .stages import PASS_NAMES, Pipeline, is_rule
+    """Rewrite the forward of a live model onto fused kernels; the model stays the same object.
 
+        model = regraft.optimize(AutoModelForCausalLM.from_pretrained(...))
+
+    The forward is captured as a graph for each signature (which arguments, of which dtype and rank), the first one now
+    and others when they are first called; a graph serves every batch size and length. Every rewrite is verified on the
+    model's own weights, and so is the whole. What no graph can serve goes to the original forward, with one warning
+    that names the argument. Weights are repacked in place without a second copy; their names, values and identity stay,
+    and later changes to them are followed. `regraft.restore(model)` gives back the original.
+
+    Args:
+        model: a `torch.nn.Module`, usually a transformers model, with its weights on one device.
+        mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs", as for `torch.compile`. All
+            of them run the same kernels for now; the report says so.
+        rules: instances of `regraft.Rule` and `regraft.GroupRule` of your own, for this model only.
+        passes: what to switch, as `{"rope": False}` or `["-rope", "+qkv"]`; all run by default.
+        verify: "fast" checks one site of each kind of rewrite, "full" every site, both then the whole model; "off"
+            checks nothing.
+        strict: raise where something was not captured or not rewritten that should have been.
+        on_error: "fallback" lets the original serve what cannot be captured, "raise" raises.
+        dry_run: change nothing and return the report alone; works on meta weights too.
+        cache_dir: where tuned kernel configurations are kept; `REGRAFT_CACHE_DIR` by default.
+        example_inputs: the arguments of a typical call, by name. Made from the config where not given.
+        verbose: True prints the whole report, None a few lines, False nothing.
+
+    `REGRAFT_DISABLE=1` leaves the model as it is; `REGRAFT_PASSES`, `REGRAFT_LOGS` and `REGRAFT_DUMP_DIR` are read too.
+
+    Returns:
+        `model` itself, with `model.report`; under `dry_run` the `Report`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        OptionError: an unknown option, pass or value; the closest known one is named.
+        UnsupportedModelError: quantised, offloaded, adapted, split, of mixed dtypes, or already optimized.
+        InputError: `example_inputs` that the model cannot take.
+        CaptureError, ParityError, StrictError: only under `strict` or `on_error="raise"`.
+    """
+    listen()
     options = make_options(
         PASS_NAMES,
         is_rule=is_rule,
@@ -56,23 +96,49 @@ def optimize(
         verbose=verbose,
         **unknown,
     )
+    if os.environ.get("REGRAFT_DISABLE", "0") not in ("", "0"):
+        log.warning("REGRAFT_DISABLE is set: %s is left as it is", type(model).__name__)
+        return model
     return install(model, options, Pipeline())
 
 
 def install(model: M, options: Options, stages: Stages) -> Any:
     """`optimize` after its options were read, with the compiler as an argument."""
     check_model(model, dry_run=options.dry_run)
-    record = Record(type(model).__name__, memory={"weights": weight_bytes(model)})
+    record = new_record(model, options)
     dispatch = Dispatch(model, options, stages, record)
     try:
         capture_first(dispatch)
     except BaseException:
         dispatch.release()
         raise
+    report = Report(record)
+    if options.verbose is not False:
+        print(str(report) if options.verbose else announcement(report))
     if options.dry_run:
-        return record
-    model.forward = dispatch  # type: ignore[method-assign]
+        dispatch.release()
+        return report
+    model.forward = dispatch
+    if hasattr(model, "report"):
+        record.notes.append(Note("", "the model has an attribute `report` of its own; see model.forward.report"))
+    else:
+        model.__dict__["report"] = report
     return model
+
+
+def new_record(model: nn.Module, options: Options) -> Record:
+    """A record that says which model, and under which options."""
+    record = Record(
+        type(model).__name__,
+        dtype=str(dtype_of(model)).removeprefix("torch."),
+        device=str(device_of(model)),
+        parameters=sum(p.numel() for p in model.parameters()),
+        options=options.chosen(),
+        memory={"weights": weight_bytes(model)},
+    )
+    if options.mode != "default":
+        record.notes.append(Note("", f"mode={options.mode!r} runs the kernels of the default mode for now"))
+    return record
 
 
 def capture_first(dispatch: Dispatch) -> None:
@@ -141,8 +207,10 @@ def restore(model: M) -> M:
     if not isinstance(dispatch, Dispatch):
         raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
     if dispatch.overridden is not None:
-        model.forward = dispatch.overridden  # type: ignore[method-assign]
+        model.forward = dispatch.overridden
     else:
         del model.__dict__["forward"]
+    if isinstance(model.__dict__.get("report"), Report):
+        del model.__dict__["report"]
     dispatch.release()
     return model

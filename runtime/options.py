@@ -48,6 +48,23 @@ class Options:
         if self.verbose not in (None, True, False):
             raise OptionError(f"verbose={self.verbose!r}: expected None, True or False")
 
+    def chosen(self) -> dict[str, Any]:
+        """What is not at its default, as plain data for a report."""
+        plain: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "rules" and value:
+                plain["rules"] = [type(r).__name__ for r in value]
+            elif f.name == "example_inputs" and value is not None:
+                plain["example_inputs"] = sorted(value)
+            elif f.name == "cache_dir" and value is not None:
+                plain["cache_dir"] = str(value)
+            elif f.name == "passes" and value:
+                plain["passes"] = dict(value)
+            elif value not in (f.default, (), {}):
+                plain[f.name] = value
+        return plain
+
     @property
     def raises(self) -> bool:
         """Whether what cannot be served by a graph is an error rather than the original's work."""

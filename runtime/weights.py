@@ -187,15 +187,7 @@ class Weights:
         return pack
 
     def _lay(self, pack: Pack, sources: Sequence[torch.Tensor]) -> None:
-        """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
-        starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
-        places = [(s, pack.value.narrow(0, start, s.shape[0])) for s, start in zip(sources, starts, strict=False)]
-        moved = [(s, rows) for s, rows in places if s.data_ptr() != rows.data_ptr() or not s.is_contiguous()]
-        storage = pack.value.untyped_storage().data_ptr()
-        inside = {id(s): s.clone() for s, _ in moved if s.untyped_storage().data_ptr() == storage}  # exchanged rows
-        for source, rows in moved:
-            rows.copy_(inside.get(id(source), source))
-            source.data = rows
+        lay(pack.value, sources)
         pack.sources = list(sources)
 
     def _copy(self, recipe: Recipe) -> Pack:
@@ -236,6 +228,19 @@ def pack_key(recipe: Recipe) -> PackKey:
         return ("concatenation", recipe.sources)
     constants = any(n.op == "get_attr" for n in recipe.graph.graph.nodes)
     return (id(recipe) if constants else recipe.graph.code, recipe.sources)
+
+
+@torch.no_grad()
+def lay(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
+    """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
+    starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
+    places = [(s, value.narrow(0, start, s.shape[0])) for s, start in zip(sources, starts, strict=False)]
+    moved = [(s, rows) for s, rows in places if s.data_ptr() != rows.data_ptr() or not s.is_contiguous()]
+    storage = value.untyped_storage().data_ptr()
+    inside = {id(s): s.clone() for s, _ in moved if s.untyped_storage().data_ptr() == storage}  # exchanged rows
+    for source, rows in moved:
+        rows.copy_(inside.get(id(source), source))
+        source.data = rows
 
 
 @torch.no_grad()
