@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib.metadata
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -99,7 +101,8 @@ class Report:
 
     def __repr__(self) -> str:
         calls = self.calls
-        return f"<regraft report of {self.model}: {calls['graph']} calls by the graph, {calls['original']} by the original>"
+        counted = f"{calls['graph']} calls by the graph, {calls['original']} by the original"
+        return f"<regraft report of {self.model}: {counted}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the keys of schema version `SCHEMA`."""
@@ -137,8 +140,6 @@ class Report:
         return to_html(self)
 
     def _repr_html_(self) -> str:
-        import html
-
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
@@ -236,15 +237,14 @@ def nodes_of(entry: SignatureRecord) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Of what decides a result."""
-    import importlib.metadata
+    from .. import __version__
 
-    found = {}
-    for name in ("regraft", "torch", "triton", "transformers"):
+    found = {"regraft": __version__, "torch": torch.__version__}
+    for name in ("triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    found["torch"] = torch.__version__
     return found
 
 

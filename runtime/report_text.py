@@ -82,7 +82,7 @@ def _rewrites(report: Report) -> list[str]:
     for g in groups:
         if g.rule == "lower" and " -> " in g.label:
             kernels[g.label.rsplit(" -> ", 1)[1]] += g.count
-    if kernels:
+    if kernels and not report.record.options.get("dry_run"):
         text = ", ".join(f"{n} calls by {provider}" for provider, n in kernels.most_common())
         refused = [m for m in report.near_misses if m.rule == "lower"]
         lines.append(_line("Kernels", text + (f" ({refused[0].wanted}: {refused[0].found})" if refused else "")))
@@ -138,8 +138,8 @@ def _cost(report: Report) -> list[str]:
     kernels = [sum(s.count for s in side.by_op) for side in (before, after)]
     moved = [nbytes(cost.number(side.total.bytes)) for side in (before, after)]
     flops = quantity(cost.number(after.total.flops))
-    text = f"{before.us:.0f} -> {after.us:.0f} us, {kernels[0]} -> {kernels[1]} kernels, {moved[0]} -> {moved[1]}, {flops}FLOP"
-    lines = [_line("Roofline", f"{text}, {cost.device.name}")]
+    text = f"{before.us:.0f} -> {after.us:.0f} us, {kernels[0]} -> {kernels[1]} kernels, {moved[0]} -> {moved[1]}"
+    lines = [_line("Roofline", f"{text}, {flops}FLOP, {cost.device.name}")]
     return [*lines, _line("", f"at {at}")] if at else lines
 
 

@@ -1,0 +1,107 @@
+"""`regraft doctor`: what this machine has, and whether every kernel computes on it what its reference computes."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compiler.device import device_for
+from ..compiler.verify import bound_for, distance, higher
+from ..kernels.op import Kernel
+from ..kernels.table import PROVIDERS
+from .report import versions
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def examine(device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """Versions, device, and each kernel on a small example of odd size."""
+    found = [Finding(name, version != "not installed", version) for name, version in versions().items()]
+    found.append(Finding("python", True, platform.python_version()))
+    roofs = device_for(device)
+    detail = f"{roofs.bytes_per_s / 1e12:.2f} TB/s, {roofs.flops_of(dtype) / 1e12:.1f} TFLOP/s {dtype} ({roofs.source})"
+    found.append(Finding(f"device {device}", True, f"{roofs.name}: {detail}"))
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found.append(Finding("compute capability", (major, minor) >= (8, 0), f"{major}.{minor}; Triton needs 8.0"))
+    for op, arguments in examples(device, dtype).items():
+        kernels = PROVIDERS.get(op, ())
+        if not kernels:
+            found.append(Finding(op, True, "no kernel on this machine, runs by its reference"))
+        found += [_try(kernel, arguments) for kernel in kernels]
+    return found
+
+
+def _try(kernel: Kernel, arguments: dict[str, Any]) -> Finding:
+    name = f"{kernel.op.name} ({kernel.provider})"
+    refused = kernel.supports(kernel.op.signature(**arguments))
+    if refused is not None:
+        return Finding(name, True, f"runs by its reference here: {refused}")
+    ordered = [arguments.get(a.name, a.default_value) for a in kernel.op.overload._schema.arguments]
+    try:
+        made = _tensors(kernel.run(*ordered))
+    except Exception as error:  # noqa: BLE001 - whatever a kernel does wrong on this machine is what is asked for
+        return Finding(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    dtype = made[0].dtype
+    wide = {k: _widen(v, higher(dtype)) for k, v in arguments.items()}
+    oracle, plain = _tensors(kernel.op.reference(**wide)), _tensors(kernel.op.reference(**arguments))
+    for new, old, best in zip(made, plain, oracle, strict=True):
+        error, bound = distance(new, best), bound_for(distance(old, best), best, dtype)
+        if not error <= bound:
+            return Finding(name, False, f"error {error.largest:.1e}, allowed {bound.largest:.1e}")
+    return Finding(name, True, "agrees with its reference")
+
+
+def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """By op, small arguments of odd sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    row, heads = rand(3, 7, 96), rand(2, 4, 37, 64)
+    angles = torch.arange(37.0)[:, None] * torch.linspace(0.1, 1.0, 32)[None]
+    angles = torch.cat([angles, angles], -1)
+    cos, sin = (t.to(device, dtype) for t in (angles.cos(), angles.sin()))
+    kv = rand(2, 2, 37, 64)
+    bias = rand(80)
+    return {
+        "rms_norm": {"x": row, "weight": rand(96), "eps": 1e-6},
+        "add_rms_norm": {"x": row, "residual": rand(3, 7, 96), "weight": rand(96), "eps": 1e-6},
+        "layer_norm": {"x": row, "weight": rand(96), "bias": rand(96), "eps": 1e-5},
+        "add_layer_norm": {"x": row, "residual": rand(3, 7, 96), "weight": rand(96), "bias": rand(96), "eps": 1e-5},
+        "rope": {"x": heads, "cos": cos, "sin": sin},
+        "norm_rope": {"x": heads, "weight": rand(64), "cos": cos, "sin": sin, "eps": 1e-6},
+        "attention": {"q": heads, "k": kv, "v": rand(2, 2, 37, 64), "scale": 0.125, "right": 0},
+        "activation": {"x": row, "kind": "silu"},
+        "glu": {"gate": row, "up": rand(3, 7, 96), "kind": "silu"},
+        "linear_act": {"x": row, "weight": rand(80, 96) / 10, "bias": bias, "kind": "gelu"},
+        "gate_up": {"x": row, "weight": rand(160, 96) / 10, "bias": None, "kind": "silu"},
+    }
+
+
+def _widen(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def doctor(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]) -> bool:
+    """Print the examination; True where nothing is wrong."""
+    found = examine(device, dtype)
+    for finding in found:
+        say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<26} {finding.detail}")
+    return all(f.ok for f in found)
