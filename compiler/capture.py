@@ -4,8 +4,8 @@
 
 In order: example arguments are enlarged so that no size of 1 is remembered; one concrete run (of fake tensors where the
 weights are on meta) compares our ops with the model's own code and shows what the forward returns; `torch.export`
-traces the original forward with as many dynamic dimensions as it takes; `run_decompositions({})` makes it functional
-ATen; `lift` names its inputs. Nothing of the model is changed, no weight is copied.
+traces the original forward with as many dynamic dimensions as it takes; `functional` brings it to functional ATen;
+`lift` names its inputs. Nothing of the model is changed, no weight is copied.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from .cache_recording import Blueprint
 from .errors import CaptureError, first_lines, model_files, source_line
 from .example_inputs import enlarge, on_device, proposals, same_batch, same_length
+from .functional import functional
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
 from .outputs import Structure, caches, flatten
@@ -63,7 +64,8 @@ def capture(
     files = model_files(model)
     weight = next(model.parameters(), None)
     device = weight.device if weight is not None else torch.device("cpu")
-    examples = on_device(enlarge(tensors), device)
+    enlarged = enlarge(tensors)
+    examples = on_device(enlarged, device)
     with torch.no_grad(), capturing(model) as state:
         try:
             returned = _concrete_run(model, forward, examples, static, state)
@@ -71,7 +73,7 @@ def capture(
             raise _failure(error, files, "its forward fails on these arguments") from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
-        exported, notes = _export(call, examples, files)
+        exported, notes = _export(call, enlarged, examples, files)
     return _program(exported, call, model, examples, blueprint, [*state.notes, *notes], files)
 
 
@@ -141,15 +143,17 @@ class _Call(nn.Module):
         return tuple(leaves)
 
 
-def _export(call: _Call, tensors: dict[str, Tensor], files: frozenset[str]) -> tuple[ExportedProgram, list[Note]]:
-    """With the most dynamic dimensions that export takes."""
+def _export(
+    call: _Call, values: dict[str, Tensor], tensors: dict[str, Tensor], files: frozenset[str]
+) -> tuple[ExportedProgram, list[Note]]:
+    """With the most dynamic dimensions that export takes; `values` are the tensors before they went to meta."""
     refused: Exception | None = None
     for dims in proposals(tensors):
-        call.batch, call.lengths = tuple(same_batch(tensors, dims)), tuple(same_length(tensors, dims))
+        call.batch, call.lengths = tuple(same_batch(tensors, dims)), tuple(same_length(values, dims))
         shapes = {n: [Dim.AUTO if d in dims[n] else Dim.STATIC for d in range(t.dim())] for n, t in tensors.items()}
         try:
             exported = torch.export.export(call, (tensors,), dynamic_shapes=(shapes,), strict=False)
-            exported = exported.run_decompositions({})
+            exported = functional(exported)
         except Exception as error:  # noqa: BLE001  (export raises whatever the traced code raises)
             refused = refused or error
             if any(name in _chain(error) for name in _NO_DIMENSION_HELPS):

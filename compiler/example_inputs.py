@@ -94,7 +94,8 @@ def same_length(tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]) ->
     masks = [n for n, t in rows.items() if t.dim() == 2 and not t.is_meta and bool(((t == 0) | (t == 1)).all())]
     pairs = []
     for mask in masks:
-        partner = next((n for n, t in rows.items() if n not in masks and t.shape[1] == tensors[mask].shape[1]), None)
+        same = [n for n, t in rows.items() if n != mask and t.shape[1] == tensors[mask].shape[1]]
+        partner = next((n for n in same if n not in masks), next(iter(same), None))
         if partner is not None:
             pairs.append((mask, partner))
     return pairs

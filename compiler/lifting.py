@@ -44,7 +44,7 @@ def lift(exported: ExportedProgram, prefix: str, model: nn.Module) -> tuple[fx.G
             kept = first.setdefault(id(tensors[made.target]), node)
             if kept is not node:
                 node.replace_all_uses_with(kept)
-    graph.eliminate_dead_code()
+    _drop_dead(graph)
     inputs = _drop_unused(graph, inputs)
     for node in graph.nodes:
         _strip_modules(node, prefix)
@@ -69,6 +69,18 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Nodes that nobody reads; random numbers among them, but no write and no check."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("call_function", "get_attr") or node.users:
+            continue
+        if node.target in _CHECKS or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload) and "assert" in node.target.name():
+            continue
+        graph.erase_node(node)
 
 
 def _drop_unused(graph: fx.Graph, inputs: list[Input]) -> list[Input]:

@@ -183,7 +183,7 @@ class Masks:
                 low, high = self.program.limits.ranges.get(symbol, (1, None))
                 size = max(low, length + 2 * offset)
                 chosen[symbol] = size if high is None else min(size, high)
-            yield sizes_of(self.program, chosen, batch=batch)
+            yield sizes_of(self.program, chosen, batch=batch, default=length)
 
 
 def _argument(node: fx.Node, position: int, name: str) -> fx.Node | None:

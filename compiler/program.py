@@ -80,6 +80,7 @@ class Limits:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     conditions: list[tuple[str, Callable[[dict[str, torch.Tensor]], bool]]] = field(default_factory=list)
+    _checked: dict[tuple[torch.Size, ...], str | None] = field(default_factory=dict, repr=False)
 
     def violation(self, tensors: dict[str, torch.Tensor]) -> str | None:
         """Why the graph cannot serve these tensors (by keyword), or `None`."""
@@ -103,10 +104,13 @@ class Limits:
                 if size < low or (high is not None and size > high):
                     reason = self.reasons.get(wanted, "the captured graph's range")
                     return f"dimension {dim} of {name} is {size}, outside {low} to {high} ({reason})"
-        for text, holds in self.conditions:
-            if not holds(tensors):
-                return f"the captured graph needs {text}"
-        return None
+        shapes = tuple(t.shape for t in tensors.values())
+        if shapes not in self._checked:
+            if len(self._checked) > 4096:
+                self._checked.clear()
+            broken = next((text for text, holds in self.conditions if not holds(tensors)), None)
+            self._checked[shapes] = None if broken is None else f"the captured graph needs {broken[:200]}"
+        return self._checked[shapes]
 
     def sizes(self, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
         """The value of each symbol for these tensors."""

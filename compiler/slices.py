@@ -71,6 +71,8 @@ class Slice:
                 if made.kind is not InputKind.USER:
                     _state(made, model)
             env[old] = graph.node_copy(old, lambda n: env[n])
+            if env[old].kwargs.get("device") == torch.device("meta"):  # captured without weights: there are values here
+                env[old].kwargs = {**env[old].kwargs, "device": torch.device("cpu")}
         graph.output(tuple(env[node] for node in nodes))
         return cls(fx.GraphModule(program.gm, graph), tuple(inputs), model, len(wanted))
 
@@ -124,7 +126,7 @@ def sizes_of(program: Program, chosen: Mapping[str, int], batch: int = 2, defaul
 def sample(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Inputs of these sizes by symbol: ones for integers and booleans, zeros for floats."""
     chosen = sizes_of(program, sizes)
-    device = next((t.device for t in program.example.values()), torch.device("cpu"))
+    device = next((t.device for t in program.example.values() if not t.is_meta), torch.device("cpu"))
     out = {}
     for name, guard in program.limits.tensors.items():
         shape = [s if isinstance(s, int) else chosen[s] for s in guard.shape]
