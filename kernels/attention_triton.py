@@ -16,11 +16,29 @@ from torch import Tensor
 
 from . import attention as ops
 from .activation_triton import tanh
-from .launch import on_device, refuse_mixed, refuse_tensors
+from .launch import ALIGNMENT, on_device, refuse_mixed, refuse_tensors, rows_aligned
 from .op import Kernel, Signature, TensorSpec
 from .tuning import MANY, Config, choose, refuse_memory
 
 MAX_HEAD_DIM: Final = 256
+
+
+@triton.jit
+def _exp(x, PRECISE: tl.constexpr):
+    """exp(x) for x <= 0: the hardware's, or with PRECISE Cephes' expf.c, for probabilities that stay in fp32.
+
+    The hardware rounds x * log2(e) first, which costs an ulp for each doubling of |x|.
+    """
+    if PRECISE:
+        x = tl.where(x < -150.0, -150.0, x)  # zero in fp32, and no infinity below
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = (x - n * 0.693359375) + n * 2.12194440054690583e-4  # x - n ln 2, in two steps
+        p = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
+        p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
+        y = tl.exp2(n) * (p * r * r + r + 1.0)
+    else:
+        y = tl.exp(x)
+    return y
 
 
 @triton.jit
@@ -37,8 +55,6 @@ def _attention_kernel(
     GROUP,
     Q,
     K,
-    D,
-    DV,
     Q_BLOCKS,
     stride_qb,
     stride_qh,
@@ -77,6 +93,10 @@ def _attention_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ALIGN: tl.constexpr,  # strides of q, k and v are given in units of so many elements
+    D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,14 +113,14 @@ def _attention_kernel(
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     is_query = query < Q
+    q_base = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN
+    k_base = k_ptr + (batch * stride_kb + kv_head * stride_kh) * ALIGN
+    v_base = v_ptr + (batch * stride_vb + kv_head * stride_vh) * ALIGN
     q = tl.load(
-        q_ptr + batch * stride_qb + head * stride_qh + row[:, None] * stride_qq + d[None, :] * stride_qd,
+        q_base + row[:, None] * stride_qq * ALIGN + d[None, :] * stride_qd,
         mask=is_query[:, None] & (d < D)[None, :],
         other=0.0,
     )  # [BLOCK_M, BLOCK_D]
-    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
-    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
-
     first = 0
     stop = K
     if HAS_LEFT:
@@ -116,7 +136,7 @@ def _attention_kernel(
         col = key.to(tl.int64)
         is_key = key < K
         k = tl.load(
-            k_base + col[None, :] * stride_kk + d[:, None] * stride_kd,
+            k_base + col[None, :] * stride_kk * ALIGN + d[:, None] * stride_kd,
             mask=is_key[None, :] & (d < D)[:, None],
             other=0.0,
         )  # [BLOCK_D, BLOCK_N]
@@ -143,11 +163,11 @@ def _attention_kernel(
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
-        p = tl.exp(s - m_safe[:, None])
-        alpha = tl.exp(m - m_safe)
+        p = _exp(s - m_safe[:, None], PRECISE)
+        alpha = _exp(m - m_safe, PRECISE)
         total = total * alpha + tl.sum(p, axis=1)
         v = tl.load(
-            v_base + col[:, None] * stride_vk + dv[None, :] * stride_vd,
+            v_base + col[:, None] * stride_vk * ALIGN + dv[None, :] * stride_vd,
             mask=is_key[:, None] & (dv < DV)[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_DV]
@@ -156,10 +176,10 @@ def _attention_kernel(
     if HAS_SINKS:
         sink = tl.load(sink_ptr + head * stride_sh).to(tl.float32)
         m_new = tl.maximum(m, sink)
-        alpha = tl.exp(m - m_new)
-        total = total * alpha + tl.exp(sink - m_new)
+        alpha = _exp(m - m_new, PRECISE)
+        total = total * alpha + _exp(sink - m_new, PRECISE)
         acc = acc * alpha[:, None]
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
     tl.store(
         o_ptr + batch * stride_ob + head * stride_oh + row[:, None] * stride_oq + dv[None, :],
         o.to(o_ptr.dtype.element_ty),
@@ -197,10 +217,11 @@ def _plan(
     queries: int,
     mask: Tensor | TensorSpec | None,
     bias: Tensor | TensorSpec | None,
+    aligned: bool,
 ) -> tuple[dict[str, int], AttentionMemory]:
     """The features by which a configuration is chosen, and its need of shared memory."""
     pair_bytes = sum(t.dtype.itemsize for t in (mask, bias) if t is not None)
-    features = {"D": _block(max(d, dv)), "bytes": itemsize, "Q": queries}
+    features = {"D": _block(max(d, dv)), "bytes": itemsize, "Q": queries, "aligned": int(aligned)}
     return features, AttentionMemory(_block(d), _block(dv), itemsize, pair_bytes)
 
 
@@ -225,7 +246,9 @@ def attention(
         return o
     shape = (batch, heads, queries, keys)
     absent = (0, 0, 0, 0)
-    config = choose("attention", *_plan(d, dv, q.element_size(), queries, mask, bias), q.device)
+    aligned = all(rows_aligned(t) for t in (q, k, v))
+    align = ALIGNMENT // q.element_size() if aligned else 1
+    config = choose("attention", *_plan(d, dv, q.element_size(), queries, mask, bias, aligned), q.device)
     q_blocks = triton.cdiv(queries, config["BLOCK_M"])
     with on_device(q):
         _attention_kernel[(q_blocks * heads * batch,)](
@@ -241,12 +264,8 @@ def attention(
             heads // kv_heads,
             queries,
             keys,
-            d,
-            dv,
             q_blocks,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
+            *(step for t in (q, k, v) for step in (*(step // align for step in t.stride()[:-1]), t.stride(-1))),
             o.stride(0),
             o.stride(2),
             o.stride(1),
@@ -265,6 +284,10 @@ def attention(
             HAS_LEFT=left >= 0,
             HAS_RIGHT=right >= 0,
             HAS_SOFTCAP=softcap != 0.0,
+            PRECISE=v.dtype == torch.float32,
+            ALIGN=align,
+            D=d,
+            DV=dv,
             BLOCK_D=_block(d),
             BLOCK_DV=_block(dv),
             **config.launch,
@@ -285,8 +308,12 @@ def _supports(signature: Signature) -> str | None:
 def _refuse_memory(signature: Signature) -> str | None:
     q, v = signature["q"], signature["v"]
     queries = MANY if q.shape[2] is None else q.shape[2]
-    plan = _plan(q.shape[3], v.shape[3], q.dtype.itemsize, queries, signature["mask"], signature["bias"])
-    return refuse_memory("attention", *plan, q.device)
+    for aligned in (True, False):
+        plan = _plan(q.shape[3], v.shape[3], q.dtype.itemsize, queries, signature["mask"], signature["bias"], aligned)
+        reason = refuse_memory("attention", *plan, q.device)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _refuse_masks(signature: Signature) -> str | None:

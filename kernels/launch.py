@@ -94,6 +94,23 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+ALIGNMENT: Final = 16
+"""Bytes of the widest load."""
+
+
+def rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row of the last dimension can be read in loads of 16 bytes.
+
+    Kernels with a dot product use it to choose a configuration: rows that are read element by element pass through
+    registers into shared memory, and with tiles large enough for Hopper's wgmma the ptxas of CUDA 12.8, which Triton
+    3.6 brings, has been seen to read a matrix descriptor before it is computed.
+    """
+    elements = ALIGNMENT // tensor.element_size()
+    steps = [step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    contiguous = tensor.stride(-1) == 1 and tensor.shape[-1] % elements == 0
+    return contiguous and tensor.data_ptr() % ALIGNMENT == 0 and all(step % elements == 0 for step in steps)
+
+
 def collapse(
     shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int
 ) -> tuple[list[int], list[list[int]]] | None:

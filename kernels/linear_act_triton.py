@@ -6,15 +6,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import linear_act as ops
 from .activation_triton import activate, refuse_kind
-from .launch import on_device, refuse_mixed, refuse_tensors
+from .launch import on_device, refuse_mixed, refuse_tensors, rows_aligned
 from .op import Kernel, Signature
 from .tuning import Config, choose
+
+
+@triton.jit
+def _add(total, lost, part):
+    """`total + part` and the rounding error to take off the next time (Kahan).
+
+    An fp32 dot is one chain of multiply-adds; chained over all of K it would round more often than cuBLAS does.
+    """
+    corrected = part - lost
+    new = total + corrected
+    return new, (new - total) - corrected
 
 
 @triton.jit
@@ -36,6 +48,7 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,14 +72,22 @@ def _linear_kernel(
     col_inside = (cols < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up_lost = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k_inside = k < K - start
         x = tl.load(x_ptrs, mask=row_inside & k_inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs, mask=col_inside & k_inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if COMPENSATED:
+            acc, lost = _add(acc, lost, tl.dot(x, w, input_precision="ieee"))
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
         if GATED:
             up = tl.load(w_ptrs + up_offset, mask=col_inside & k_inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-            up_acc = tl.dot(x, up, up_acc, input_precision="ieee")
+            if COMPENSATED:
+                up_acc, up_lost = _add(up_acc, up_lost, tl.dot(x, up, input_precision="ieee"))
+            else:
+                up_acc = tl.dot(x, up, up_acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
     if HAS_BIAS:
@@ -94,9 +115,17 @@ class LinearMemory:
         return max(config.num_stages * tile, epilogue) + 1024
 
 
-def _plan(m: int, n: int, k: int, itemsize: int, weights: int) -> tuple[dict[str, int], LinearMemory]:
+def _plan(m: int, n: int, k: int, itemsize: int, weights: int, aligned: bool) -> tuple[dict[str, int], LinearMemory]:
     """The features by which a configuration is chosen, and its need of shared memory."""
-    return {"M": m, "N": n, "K": k, "bytes": itemsize, "weights": weights}, LinearMemory(itemsize, weights)
+    features = {"M": m, "N": n, "K": k, "bytes": itemsize, "weights": weights, "aligned": int(aligned)}
+    return features, LinearMemory(itemsize, weights)
+
+
+def _aligned(rows: Tensor, weight: Tensor) -> bool:
+    """Whether both matrices are read in wide loads: Triton knows of sizes and strides only whether 16 divides them."""
+    matrix = weight if weight.stride(1) == 1 else weight.t()
+    sizes = (rows.shape[1], rows.stride(0), matrix.shape[1], matrix.stride(0))
+    return rows_aligned(rows) and rows_aligned(matrix) and all(size % 16 == 0 for size in sizes)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
@@ -108,7 +137,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
     rows = x.reshape(-1, k)  # a copy only where the leading dimensions cannot be merged
     m = rows.shape[0]
     weights = 2 if gated else 1
-    config = choose("linear", *_plan(m, n, k, x.element_size(), weights), x.device)
+    config = choose("linear", *_plan(m, n, k, x.element_size(), weights, _aligned(rows, weight)), x.device)
     grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
     with on_device(x):
         _linear_kernel[grid](
@@ -129,6 +158,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
             HAS_BIAS=bias is not None,
             KIND=kind,
             GATED=gated,
+            COMPENSATED=x.dtype == torch.float32,
             **config.launch,
         )
     return y

@@ -2,7 +2,7 @@
 
     python compile_for.py 86 101376
 
-Prints a JSON list of `{"case", "shared", "estimate"}` in bytes. Run in a process of its own: it puts another driver and
+Prints a JSON list of `{"case", "shared", "estimate", "wgmma"}`: bytes, and whether Hopper's matrix unit is used. Run in a process of its own: it puts another driver and
 another device limit in place of the real ones.
 """
 
@@ -53,7 +53,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         kernel, kwargs = launched.pop()
         blocks = tuple((name, value) for name, value in kwargs.items() if name.startswith(("BLOCK_", "GROUP_")))
         config = tuning.Config(blocks, kwargs["num_warps"], kwargs["num_stages"])
-        rows.append({"case": case, "shared": kernel.metadata.shared, "estimate": estimate(config)})
+        shared, wgmma = kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]
+        rows.append({"case": case, "shared": shared, "estimate": estimate(config), "wgmma": wgmma})
 
     half = torch.bfloat16
     pairs = {"mask": torch.ones(1, 1, 300, 300, dtype=torch.bool), "bias": torch.empty(1, 4, 300, 300)}
@@ -64,18 +65,28 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         (192, 128, half, {}),
         (256, 256, half, {}),
         (128, 128, torch.float32, {}),
+        (40, 40, half, {}),
+        (40, 17, half, {}),
     ]:
         q, k = torch.empty(1, 4, 300, width, dtype=dtype), torch.empty(1, 2, 300, width, dtype=dtype)
         v = torch.empty(1, 2, 300, value_width, dtype=dtype)
         attention_triton.attention(q, k, v, scale=0.1, right=0, **named)
-        plan = attention_triton._plan(width, value_width, dtype.itemsize, 300, named.get("mask"), named.get("bias"))
+        plan = attention_triton._plan(
+            width, value_width, dtype.itemsize, 300, named.get("mask"), named.get("bias"), True
+        )
         record(f"attention {width}/{value_width} {dtype} {list(named)}", plan[1])
-    for m, dtype in [(1, half), (64, half), (512, half), (512, torch.float32)]:
-        x, weight = torch.empty(m, 1024, dtype=dtype), torch.empty(2048, 1024, dtype=dtype)
+    for m, k, dtype in [
+        (1, 1024, half),
+        (64, 1024, half),
+        (512, 1024, half),
+        (512, 1024, torch.float32),
+        (512, 77, half),
+    ]:
+        x, weight = torch.empty(m, k, dtype=dtype), torch.empty(2048, k, dtype=dtype)
         linear_act_triton.linear_act(x, weight, None, "gelu")
-        record(f"linear_act {m} {dtype}", linear_act_triton._plan(m, 2048, 1024, dtype.itemsize, 1)[1])
+        record(f"linear_act {m} {k} {dtype}", linear_act_triton._plan(m, 2048, k, dtype.itemsize, 1, True)[1])
         linear_act_triton.gate_up(x, weight, None, "silu")
-        record(f"gate_up {m} {dtype}", linear_act_triton._plan(m, 1024, 1024, dtype.itemsize, 2)[1])
+        record(f"gate_up {m} {k} {dtype}", linear_act_triton._plan(m, 1024, k, dtype.itemsize, 2, True)[1])
     for width in (512, 32768):
         x = torch.empty(4, width, dtype=half)
         rms_norm_triton.add_rms_norm(x, x, x[0], 1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ H200, RTX_3090 = 232_448, 101_376
 FILES = [path.stem for path in tuning.DIRECTORY.glob("*.json")]
 
 
-def attention_plan(width: int, itemsize: int, queries: int) -> tuple[dict[str, int], tuning.SharedMemory]:
-    return attention_triton._plan(width, width, itemsize, queries, None, None)
+def attention_plan(
+    width: int, itemsize: int, queries: int, aligned: bool = True
+) -> tuple[dict[str, int], tuning.SharedMemory]:
+    return attention_triton._plan(width, width, itemsize, queries, None, None, aligned)
 
 
 def test_a_smaller_device_gets_a_smaller_configuration() -> None:
@@ -41,12 +44,12 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
     for file in FILES:
         for itemsize in (2, 4):
             for width in (8, 16, 64, 80, 128, 192, 256):
-                for queries in (1, 16, 17, 5000):
-                    plan = attention_plan(width, itemsize, queries)
+                for queries, aligned in product((1, 16, 17, 5000), (True, False)):
+                    plan = attention_plan(width, itemsize, queries, aligned)
                     assert select_config("attention", *plan, file=file, limit=limit) is not None
             for rows in (1, 16, 17, 64, 65, 5000):
-                for weights in (1, 2):
-                    plan = linear_act_triton._plan(rows, 4096, 4096, itemsize, weights)
+                for weights, aligned in product((1, 2), (True, False)):
+                    plan = linear_act_triton._plan(rows, 4096, 4096, itemsize, weights, aligned)
                     assert select_config("linear", *plan, file=file, limit=limit) is not None
         for kernel in ("rms_norm", "layer_norm", "rope"):
             for width in (1, 2, 64, 256, 512, 2048, 32768):
@@ -62,7 +65,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "layer_norm": {"D": 64},
         "rope": {"D": 64},
         "activation": {"N": 64},
-        "linear": linear_act_triton._plan(1, 1, 1, 2, 1)[0],
+        "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
@@ -117,3 +120,6 @@ def test_the_estimate_bounds_what_the_compiler_uses(capability: int, limit: int)
     assert len(rows) >= 8
     for row in rows:
         assert row["shared"] <= row["estimate"] <= limit, row
+    wgmma = {row["case"] for row in rows if row["wgmma"]}
+    assert not {case for case in wgmma if "40/17" in case or " 77 " in case}  # see `rows_aligned`
+    assert bool(wgmma) == (capability == 90)
