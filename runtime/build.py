@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +17,14 @@ from torch import nn
 
 from ..compiler.errors import CaptureError
 from ..compiler.expected import PASS_OF, expectations
-from ..compiler.program import Input, InputKind, Note, Program
+from ..compiler.program import Input, Note, Program
 from ..compiler.records import PassResult
-from ..compiler.verify import Upcast
 from . import caches
 from .call import Call
-from .certificate import Certificate, Judge
+from .certificate import Certificate
+from .certify import Certifier
 from .checks import device_of
-from .errors import ParityError, RegraftError, StrictError
+from .errors import CompileError, ParityError, RegraftError, StrictError
 from .executable import Executable
 from .logs import tell
 from .options import Options
@@ -131,7 +132,12 @@ class Builder:
         try:
             with evaluating(self.module):
                 served = self._build(call, entry)
-        except (CaptureError, RegraftError) as error:
+        except Exception as error:
+            if not isinstance(error, (CaptureError, RegraftError)):
+                log.debug("compiling %s failed", entry.arguments, exc_info=True)
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                error = CompileError(f"the compiler failed ({cause}); to see where: optimize(model, on_error='raise')")
+                error.__cause__ = sys.exception()
             entry.reason = str(error)
             if isinstance(error, CaptureError):
                 entry.notes.append(Note(error.module, error.reason, error.source))
@@ -139,7 +145,7 @@ class Builder:
                 entry.notes.append(Note("", str(error)))
             log.warning("%s: %s", entry.arguments, error)
             self.weights.keep(r for s in self.served for r in s.executable.recipes)
-            raise
+            raise error
         entry.served = True
         self.served.append(served)
         views, copies = self.weights.packed_bytes()
@@ -152,14 +158,17 @@ class Builder:
             program = self._stages.capture(self.module, call, forward)
         entry.notes += program.notes
 
-        certify = self._certifier(program, call, entry)
-        attempt = self._attempts(program, entry, certify)
+        certifier = Certifier(self.module, self._original, program, call.given, self.weights.value)
+        attempt = self._attempts(program, entry, certifier)
         tried = attempt(self.options.verify, frozenset(), True)
         if not tried.certificate.passed:
             log.warning("%s: %s; looking for the rewrite", entry.arguments, tried.certificate.reason)
-            captured = certify(Executable(program, self.weights))
-            if not captured.passed:
-                raise ParityError(f"the captured graph differs from the original: {captured.reason}")
+            with timed(entry.seconds, "certificate"):
+                note = certifier.check_capture(Executable(program, self.weights))
+            if note is not None:
+                entry.notes.append(note)
+                tried = attempt(self.options.verify, frozenset(), True)
+        if not tried.certificate.passed:
             tried, entry.reverted = repair(attempt, tried.certificate.reason)
             for reverted in entry.reverted:
                 log.warning("reverted %s at %s: %s", reverted.rule, reverted.module or "the model", reverted.reason)
@@ -198,22 +207,9 @@ class Builder:
             told = "; ".join(f"{r.rule} at {r.module or 'the model'} ({r.reason})" for r in reverted[:3])
             raise StrictError(f"rewrites of {type(self.module).__name__} were reverted: {told}")
 
-    def _certifier(self, program: Program, call: Call, entry: SignatureRecord) -> Callable[[Executable], Certificate]:
-        """What packs and certifies candidates for one captured program; the original is asked only once."""
-        judge: Judge | None = None
+    def _attempts(self, program: Program, entry: SignatureRecord, certifier: Certifier) -> Compile[Executable]:
+        """What compiles, packs and certifies candidates for one captured program."""
 
-        def certify(executable: Executable) -> Certificate:
-            nonlocal judge
-            self._pack(executable, entry)
-            with timed(entry.seconds, "certificate"):
-                judge = judge or self._judge(program, call)
-                return judge.measure(executable)
-
-        return certify
-
-    def _attempts(
-        self, program: Program, entry: SignatureRecord, certify: Callable[[Executable], Certificate]
-    ) -> Compile[Executable]:
         def attempt(verify: str, deny: frozenset[Site], kernels: bool) -> Attempt[Executable]:
             compile_it = partial(
                 self._stages.compile,
@@ -229,8 +225,11 @@ class Builder:
             with timed(entry.seconds, "compile"):
                 compiled = compile_it(keep_text=bool(os.environ.get("REGRAFT_DUMP_DIR")))
                 executable = Executable(compiled.program, self.weights)
-            unchecked = self.options.dry_run or verify == "off"
-            return Attempt(executable, compiled.passes, Certificate(True) if unchecked else certify(executable))
+            if self.options.dry_run or verify == "off":
+                return Attempt(executable, compiled.passes, Certificate(True))
+            self._pack(executable, entry)
+            with timed(entry.seconds, "certificate"):
+                return Attempt(executable, compiled.passes, certifier.measure(executable))
 
         return attempt
 
@@ -239,23 +238,6 @@ class Builder:
         with timed(entry.seconds, "pack"):
             self.weights.keep([*(r for s in self.served for r in s.executable.recipes), *executable.recipes])
             executable.prepare()
-
-    def _judge(self, program: Program, call: Call) -> Judge:
-        def raised(tensors: Mapping[str, torch.Tensor], target: torch.dtype) -> Any:
-            values = [
-                tensors[i.target] if i.kind is InputKind.USER else self.weights.value(i).detach()
-                for i in program.inputs
-            ]
-            return program.rebuild(Upcast(program.gm, target).run(*values))
-
-        return Judge(
-            self.module,
-            self._original,
-            program.example,
-            call.given,
-            violation=lambda tensors: program.limits.violation(dict(tensors)),
-            raised=raised,
-        )
 
     def _unbound(self, module: nn.Module, **kwargs: Any) -> Any:
         return self._original(**kwargs)

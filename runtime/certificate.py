@@ -81,8 +81,12 @@ class Judge:
         *,
         violation: Callable[[Mapping[str, torch.Tensor]], str | None],
         raised: Callable[[Mapping[str, torch.Tensor], torch.dtype], Any],
+        eager: bool = True,
     ) -> None:
-        """`raised` is the second best oracle: the captured graph one precision up, where the code cannot run there."""
+        """`raised` is the second best oracle: the captured graph one precision up, where the code cannot run there.
+
+        `eager` measures against the model's own eager attention, otherwise against the one it is configured with.
+        """
         self.dtype = dtype_of(module)
         target = higher(self.dtype)
         self.oracle = f"the original's code in {str(target).removeprefix('torch.')}"
@@ -98,14 +102,14 @@ class Judge:
                 continue
             inputs = {**case.tensors, **static}
             try:
-                original = named_outputs(run_reference(module, forward, inputs))
+                original = named_outputs(run_reference(module, forward, inputs, eager=eager))
             except Exception as error:  # whatever a model's code raises on a variant that it was not made for
                 if case.name == "as given":
                     raise
                 self.skipped.append(f"{case.name}: the original refuses it ({type(error).__name__})")
                 continue
             try:
-                oracle = named_outputs(run_oracle(module, forward, inputs, target))
+                oracle = named_outputs(run_oracle(module, forward, inputs, target, eager=eager))
             except Exception as error:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
                 log.info("the original's code does not run in %s (%s)", target, error)
                 self.oracle = f"the captured graph in {str(target).removeprefix('torch.')}"

@@ -22,6 +22,10 @@ class InputError(RegraftError, ValueError):
     """Inputs of a call, or example inputs, that the model cannot take."""
 
 
+class CompileError(RegraftError):
+    """A pass or a rule failed where it should have refused; its own error is the cause."""
+
+
 class StrictError(RegraftError):
     """Under `strict=True`: something was left as it was that should have been optimized."""
 

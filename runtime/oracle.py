@@ -8,7 +8,7 @@ when it touches a weight, a floating input, or something raised before; what onl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.verify import upcast
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Elements of a weight that are raised at once."""
 
 aten = torch.ops.aten
@@ -92,9 +92,9 @@ def _is_view(func: Any) -> bool:
 
 
 @contextmanager
-def eager_implementations(module: nn.Module, experts: bool = False) -> Iterator[None]:
-    """The model's own eager attention (and, where asked, its eager experts) in every config that its modules hold."""
-    names = ["_attn_implementation_internal"] + (["_experts_implementation_internal"] if experts else [])
+def eager_implementations(module: nn.Module, attention: bool = True, experts: bool = False) -> Iterator[None]:
+    """The model's own eager attention and experts, as asked, in every config that its modules hold."""
+    names = ["_attn_implementation_internal"] * attention + ["_experts_implementation_internal"] * experts
     held = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(c, n, getattr(c, n)) for c in held.values() for n in names if n in getattr(c, "__dict__", {})]
     try:
@@ -107,15 +107,24 @@ def eager_implementations(module: nn.Module, experts: bool = False) -> Iterator[
 
 
 @torch.no_grad()
-def run_reference(module: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-    """The original forward with the model's own eager attention, in the model's precision."""
-    with eager_implementations(module):
+def run_reference(
+    module: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], *, eager: bool = True
+) -> Any:
+    """The original forward in the model's precision, with the model's own eager attention or as it is configured."""
+    with eager_implementations(module) if eager else nullcontext():
         return forward(**inputs)
 
 
 @torch.no_grad()
-def run_oracle(module: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], target: torch.dtype) -> Any:
-    """The original forward with eager attention and experts, every floating value in `target`."""
+def run_oracle(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    target: torch.dtype,
+    *,
+    eager: bool = True,
+) -> Any:
+    """The original forward with every floating value in `target`; experts run eagerly, attention as `eager` says."""
     raised = {n: upcast(v, target) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    with eager_implementations(module, experts=True), Agree(target), Raise(module, target):
+    with eager_implementations(module, attention=eager, experts=True), Agree(target), Raise(module, target):
         return forward(**raised)
