@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .cost import subgraph_us
 from .device import device_for
 from .program import Input, InputKind, Program
 from .records import PassResult
-from .rewrite import Costing, Policy, rewrite
+from .rewrite import Costing, Policy, is_constant, rewrite
 from .rule import GroupRule, Rule, Stage
-from .shapes import hints_of
+from .shapes import described, hints_of
 from .verify import Evaluator
 
 SIZES = (1, 64)
@@ -46,6 +46,8 @@ class Settings:
     """The live tensor of a weight input; None on meta weights, where nothing can be verified."""
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Example tensors for the USER inputs."""
+    model: nn.Module | None = None
+    """Where the state that masks and positions read is found; None: masks are kept as they are."""
     keep_text: bool = False
     """Keep each pass's graph before and after as text, for the report's diff."""
 
@@ -115,6 +117,7 @@ def compile_with(program: Program, passes: Sequence[Pass], settings: Settings) -
                 run(lambda f=step.run: [f(program, context)])  # type: ignore[misc]
             else:
                 run(lambda p=step: [rewrite(program, p.name, p.stage, p.rules, policy)])  # type: ignore[misc]
+    program.gm.recompile()  # once: writing the code costs more than finding the matches
     return Compiled(program, results)
 
 
@@ -122,34 +125,25 @@ def costing(program: Program, device: torch.device) -> Costing:
     """Roofline times at each of `SIZES`, remembered by what the nodes compute on which shapes."""
     target = device_for(device)
     symbols = list(hints_of(program.graph))
-    hints = [{symbol: size for symbol in symbols} for size in SIZES] if symbols else [{}]
+    hints = [dict.fromkeys(symbols, size) for size in SIZES] if symbols else [{}]
     known: dict[object, tuple[float, ...]] = {}
 
-    def described(value: object) -> object:
-        if isinstance(value, fx.Node):
-            tensor = value.meta.get("val")
-            return (str(tensor.dtype), str(tuple(tensor.shape)), str(tensor.stride())) if isinstance(tensor, torch.Tensor) else str(tensor)
-        return str(value)
-
     def times(node: fx.Node) -> tuple[float, ...]:
-        key = (node.target, described(node), str(fx.node.map_arg((node.args, dict(node.kwargs)), described)))
+        key = (node.target, described(node), described(node.args), described(node.kwargs))
         if key not in known:
             known[key] = tuple(subgraph_us([node], target, h) for h in hints)
         return known[key]
 
     def cost(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
-        counted = [n for n in nodes if not _is_constant(n)]
+        counted = [n for n in nodes if not is_constant(n)]
         return tuple(sum(column) for column in zip(*map(times, counted))) if counted else tuple(0.0 for _ in hints)
 
     return cost
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Computed from weights alone: folded before the first call."""
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(n.meta.get("weight") or _is_constant(n) for n in node.all_input_nodes)
-
-
-def _fuse(program: Program, groups: Sequence[tuple[str, Sequence[Rule | GroupRule]]], policy: Policy) -> list[PassResult]:
+def _fuse(
+    program: Program, groups: Sequence[tuple[str, Sequence[Rule | GroupRule]]], policy: Policy
+) -> list[PassResult]:
     """One rewriting over all rules; its result told pass by pass."""
     started = time.perf_counter()
     rules = [r for _, members in groups for r in members if r.stage is Stage.FUSE]
@@ -176,7 +170,8 @@ def _fuse(program: Program, groups: Sequence[tuple[str, Sequence[Rule | GroupRul
 
 def _copied(program: Program) -> Program:
     graph = copy.deepcopy(program.graph)
-    return replace(program, gm=fx.GraphModule(program.gm, graph), inputs=list(program.inputs), notes=list(program.notes))
+    gm = fx.GraphModule(program.gm, graph)
+    return replace(program, gm=gm, inputs=list(program.inputs), guards=list(program.guards))
 
 
 def _mark_weights(program: Program) -> None:

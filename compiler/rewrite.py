@@ -7,45 +7,34 @@ values while both stand in the graph; then either the original's users move over
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from .match import Failure, GraphIndex, Matcher
-from .opset import Role, is_free, role_of
+from .match import GraphIndex
 from .program import Program
 from .provenance import common_module, module_of, source_of, stamp
-from .records import Check, NearMiss, PassResult, Reverted, Rewrite
-from .rule import Emitter, GroupRule, Reject, Rule, Stage
+from .records import Check, PassResult, Reverted, Rewrite
+from .rule import Emitter, GroupRule, Rule, Stage
+from .shapes import described
+from .sites import Deny, Misses, Site, claims_of, collect, grouped
 from .verify import Evaluator, compare
-
-NEAR = 0.55
-"""Share of a pattern that must have matched for its failure to be worth telling."""
 
 GRAIN = 1.01
 """Differences below this factor mean nothing in a roofline: a bias of zeros added for a sibling that has none, say."""
 
-Misses = list[tuple[Rule | GroupRule, Failure, int]]
+FakeValues = dict[Hashable, object]
+"""Fake results by operator and description of its operands."""
+
+ROUNDS = 8
+"""How often one set of rules may go over a graph; each round sees what the last one made."""
 
 Costing = Callable[[Sequence[fx.Node]], tuple[float, ...]]
-"""Roofline time in microseconds of nodes executed one after the other, at each of the sizes a decision should hold for."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where a rule holds."""
-
-    rule: Rule | GroupRule
-    nodes: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
-    emit: Callable[[Emitter], fx.Node | tuple[fx.Node, ...]]
-    label: str
+"""Roofline time in microseconds of nodes run one after the other, at each of the sizes a decision should hold for."""
 
 
 @dataclass(eq=False)
@@ -68,8 +57,9 @@ class Candidate:
     @property
     def saves(self) -> bool:
         """Faster at one size and slower at none (by more than the model's grain)."""
-        pairs = list(zip(self.cost_after, self.cost_before))
-        return any(after < before for after, before in pairs) and all(after <= GRAIN * before for after, before in pairs)
+        pairs = list(zip(self.cost_after, self.cost_before, strict=True))
+        never_slower = all(after <= GRAIN * before for after, before in pairs)
+        return never_slower and any(after < before for after, before in pairs)
 
     @property
     def gain(self) -> float:
@@ -79,12 +69,7 @@ class Candidate:
     @property
     def claims(self) -> set[fx.Node]:
         """Nodes no other candidate may replace too."""
-        return _claims(self.old, self.old_outputs)
-
-
-def _claims(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """Everything that costs something, and the outputs; views and casts may serve several."""
-    return {n for n in nodes if not is_free(n)} | set(outputs)
+        return claims_of(self.old, self.old_outputs)
 
 
 @dataclass(frozen=True)
@@ -97,146 +82,85 @@ class Policy:
     """None: nothing is verified here."""
     every_site: bool = False
     """Verify each site; otherwise one for each rule and signature."""
-    deny: Collection[tuple[str, str]] = ()
-    """(rule, anchor node name) pairs that must stay as they are; (rule, "*") is the whole rule."""
+    deny: Deny = ()
 
 
-def rewrite(program: Program, name: str, stage: Stage, rules: Sequence[Rule | GroupRule], policy: Policy = Policy()) -> PassResult:
-    """Run one set of rules over the program's graph, in place, until no more candidate is taken; says what happened."""
+def rewrite(
+    program: Program, name: str, stage: Stage, rules: Sequence[Rule | GroupRule], policy: Policy | None = None
+) -> PassResult:
+    """Run one set of rules over the program's graph, in place, until no more candidate is taken; says what happened.
+
+    The caller recompiles `program.gm` before it is called.
+    """
     started = time.perf_counter()
+    policy = policy or Policy()
     graph = program.graph
     result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
-    refused: set[tuple[str, Hashable]] = set()
+    refused: dict[tuple[str, Hashable], Reverted] = {}
     misses: Misses = []
-    for _ in range(8):
+    values: FakeValues = {}
+    for _ in range(ROUNDS):
         index = GraphIndex(graph)
         misses = []
-        sites = [site for rule in rules for site in _collect(rule, index, policy, misses)]
-        candidates = [_build(site, graph, index, policy) for site in sites]  # only now: emitted nodes would disturb checks
-        declined = [c for c in candidates if policy.cost and not c.saves]
-        taken = _choose([c for c in candidates if c not in declined])
-        applied = 0
-        for candidate in taken:
+        sites = [site for rule in rules for site in collect(rule, index, policy.deny, misses)]
+        candidates, settled = [], set()
+        for site in sites:  # only now: emitted nodes would disturb checks
+            try:
+                candidates.append(_build(site, graph, index, policy, values))
+            except _EmitError as error:
+                result.reverted.append(_failed(site, str(error)))
+                settled.add((site.rule.name, site.outputs[0].name))
+        declined = {c for c in candidates if policy.cost and not c.saves}
+        kept: set[Candidate] = set()
+        for candidate in _choose([c for c in candidates if c not in declined]):
+            if _too_early(candidate):
+                continue  # the next round sees the graph as it is then
             outcome = _judge(candidate, policy, refused)
-            if outcome is not None and not outcome.passed:
-                result.reverted.append(_reverted(candidate, outcome))
-                declined.append(candidate)
+            if isinstance(outcome, Reverted):
+                result.reverted.append(outcome)
+                declined.add(candidate)
                 continue
             result.rewrites.append(_apply(graph, candidate, outcome))
-            applied += 1
-        kept = {id(c) for c in taken} - {id(c) for c in declined}
+            kept.add(candidate)
         for candidate in candidates:
-            if id(candidate) not in kept:
+            if candidate not in kept:
                 _erase(graph, candidate.new)
-        if applied:
-            graph.eliminate_dead_code()
-        settled = {(c.rule.name, c.anchor.name) for c in declined}
+        settled |= {(c.rule.name, c.anchor.name) for c in declined}
         policy = replace(policy, deny={*policy.deny, *settled})
-        if not applied:
+        if not kept:
             break
-    result.misses = _group([_near_miss(rule, failure, size) for rule, failure, size in misses])
-    graph.lint()
-    program.gm.recompile()
+        graph.eliminate_dead_code()
+    result.misses = grouped(misses)
+    if result.rewrites:
+        graph.lint()
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started
     return result
 
 
-# -- collecting --------------------------------------------------------------------------------------------------------
+class _EmitError(Exception):
+    """`emit` raised, or built something that cannot be computed."""
 
 
-def _collect(rule: Rule | GroupRule, index: GraphIndex, policy: Policy, misses: Misses) -> list[Site]:
-    if (rule.name, "*") in policy.deny:
-        return []
-    if isinstance(rule, GroupRule):
-        return _collect_groups(rule, index, policy, misses)
-    matcher = Matcher(index, rule.traced)
-    sites: list[Site] = []
-    claimed: set[fx.Node] = set()
-    for anchor in index.anchors(rule.traced.roots):
-        if anchor in claimed or (rule.name, anchor.name) in policy.deny:
-            continue
-        failure: Failure | None = None
-        for match in matcher.matches(anchor):
-            reject = rule.check(match) or _crossing(match.nodes, match.outputs, match.inputs, index)
-            if reject is not None:
-                failure = _refusal(reject, rule.traced.size, match.anchor)
-                continue
-            sites.append(Site(rule, match.nodes, match.outputs, partial(rule.emit, match), rule.describe(match)))
-            claimed |= _claims(match.nodes, match.outputs)
-            failure = None
-            break
-        else:
-            failure = failure or matcher.failure
-            if failure.depth >= NEAR * rule.traced.size:
-                misses.append((rule, failure, rule.traced.size))
-    covered = {n for site in sites for n in site.nodes}
-    misses[:] = [m for m in misses if m[0] is not rule or m[1].node not in covered]
-    return sites[::-1]
-
-
-def _collect_groups(rule: GroupRule, index: GraphIndex, policy: Policy, misses: Misses) -> list[Site]:
-    groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
-    for node in index.order:
-        if node.op == "call_function" and (not rule.targets or node.target in rule.targets):
-            key = rule.key(node)
-            if key is not None:
-                groups[key].append(node)
-    sites: list[Site] = []
-    for members in groups.values():
-        if len(members) < 2 or any((rule.name, n.name) in policy.deny for n in members):
-            continue
-        inside = set(members)
-        inputs = tuple(dict.fromkeys(i for n in members for i in n.all_input_nodes if i not in inside))
-        reject = rule.check(members) or _crossing(members, members, inputs, index)
-        if reject is not None:
-            if not reject.quiet:
-                misses.append((rule, _refusal(reject, len(members), members[0]), len(members)))
-            continue
-        outputs = tuple(members)
-        sites.append(Site(rule, outputs, outputs, partial(rule.emit, outputs), rule.describe(members)))
-    return sites
-
-
-def _refusal(reject: Reject, size: int, anchor: fx.Node) -> Failure:
-    if reject.quiet:
-        return Failure()
-    node = reject.value if isinstance(reject.value, fx.Node) and reject.value.op == "call_function" else anchor
-    found = reject.reason if not isinstance(reject.value, bool | int | float | str) else f"{reject.reason}: {reject.value}"
-    return Failure(size, "the side condition of the rule", found, node)
-
-
-def _crossing(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], index: GraphIndex) -> Reject | None:
-    """Refuse where the replacement could not stand in one place: a user before an input, or a mutation in between."""
-    inside = set(nodes)
-    last_input = max((index.order.get(i, -1) for i in inputs), default=-1)
-    for output in outputs:
-        for user in output.users:
-            if user not in inside and index.order.get(user, last_input + 1) <= last_input:
-                return Reject(f"{user.name} needs {output.name} before all inputs of the match are there", output)
-    first, last = index.order[nodes[0]], index.order[nodes[-1]]
-    for target, found in index.by_target.items():
-        if found and role_of(found[0]) is Role.MUTATE and any(first < index.order[n] < last for n in found):
-            return Reject(f"{target} writes to memory in between", found[0])
-    return None
-
-
-def _build(site: Site, graph: fx.Graph, index: GraphIndex, policy: Policy) -> Candidate:
+def _build(site: Site, graph: fx.Graph, index: GraphIndex, policy: Policy, values: FakeValues) -> Candidate:
     rule, old, old_outputs = site.rule, site.nodes, site.outputs
     inside = set(old)
     inputs = [i for n in old for i in n.all_input_nodes if i not in inside]
     place = _place(graph, inputs, old[0], index)
     emitter = Emitter(graph)
-    with graph.inserting_before(place):
-        emitted = site.emit(emitter)
-    outputs = emitted if isinstance(emitted, tuple) else (emitted,)
-    if len(outputs) != len(old_outputs):
+    try:
+        with graph.inserting_before(place):
+            emitted = site.emit(emitter)
+        outputs = emitted if isinstance(emitted, tuple) else (emitted,)
+        if len(outputs) != len(old_outputs):
+            raise ValueError(f"it returned {len(outputs)} nodes for {len(old_outputs)} outputs")
+        for node, replaced in zip(outputs, old_outputs, strict=True):
+            if node in emitter.nodes and "val" in replaced.meta:
+                node.meta.setdefault("val", replaced.meta["val"])
+        propagate(emitter.nodes, values)
+    except Exception as error:
         _erase(graph, emitter.nodes)
-        raise ValueError(f"rule {rule.name}: emit returned {len(outputs)} nodes for {len(old_outputs)} outputs")
-    for node, replaced in zip(outputs, old_outputs):
-        if node in emitter.nodes and "val" in replaced.meta:
-            node.meta.setdefault("val", replaced.meta["val"])
-    propagate(emitter.nodes)
+        raise _EmitError(f"emit raised {_told(error)}") from error
     stamp(emitter.nodes, list(old), rule.name, old_outputs[0])
     before = policy.cost(old) if policy.cost else ()
     after = policy.cost(emitter.nodes) if policy.cost else ()
@@ -254,10 +178,21 @@ def _place(graph: fx.Graph, inputs: Sequence[fx.Node], first: fx.Node, index: Gr
     return place
 
 
-def propagate(nodes: Sequence[fx.Node]) -> None:
-    """Give new nodes their fake values by running each on the fake values of its operands."""
+def _too_early(candidate: Candidate) -> bool:
+    """True where a user stands before the replacement: its place was found before other candidates were applied."""
+    inside = {*candidate.old, *candidate.new}
+    pairs = zip(candidate.old_outputs, candidate.new_outputs, strict=True)
+    return any(user < new for old, new in pairs for user in old.users if user not in inside)
+
+
+def propagate(nodes: Sequence[fx.Node], known: FakeValues) -> None:
+    """Give new nodes their fake values by running each on the fake values of its operands, once for equal operands."""
     for node in nodes:
         if "val" in node.meta:
+            continue
+        key = (node.target, described(node.args), described(node.kwargs))
+        if key in known:
+            node.meta["val"] = known[key]
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         mode = next((v.fake_mode for v in _leaves((args, kwargs)) if isinstance(v, FakeTensor)), None)
@@ -266,6 +201,13 @@ def propagate(nodes: Sequence[fx.Node]) -> None:
         else:
             with mode, torch.no_grad():
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        known[key] = node.meta["val"]
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Computed from weights alone: folded before the first call."""
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(n.meta.get("weight") or is_constant(n) for n in inputs)
 
 
 def _leaves(tree: object) -> list[object]:
@@ -288,22 +230,32 @@ def _choose(candidates: Sequence[Candidate]) -> list[Candidate]:
     return taken
 
 
-def _judge(candidate: Candidate, policy: Policy, refused: set[tuple[str, Hashable]]) -> Check | None:
+def _judge(
+    candidate: Candidate, policy: Policy, refused: dict[tuple[str, Hashable], Reverted]
+) -> Check | Reverted | None:
+    """The comparison of a candidate, None where it needs none, or why it may not stay."""
     if policy.evaluator is None:
         return None
     key = (candidate.rule.name, _signature(candidate))
-    if not policy.every_site and key in refused:
-        return Check(0.0, float("inf"), 0.0, False)
     seen = policy.evaluator.verified
     if not policy.every_site and key in seen:
         return None
-    check = compare(policy.evaluator, candidate.old, candidate.old_outputs, candidate.new, candidate.new_outputs)
-    if check.passed:
+    if not policy.every_site and key in refused:
+        anchor = candidate.anchor
+        return replace(refused[key], module=common_module(candidate.old) or module_of(anchor), source=source_of(anchor))
+    try:
+        check = compare(policy.evaluator, candidate.old, candidate.old_outputs, candidate.new, candidate.new_outputs)
+        refusal = None if check.passed else _reverted(candidate, check)
+    except Exception as error:  # noqa: BLE001 - whatever the replacement's operators raise
+        check, refusal = None, _failed(candidate, f"it raised {_told(error)}")
+    finally:
+        policy.evaluator.forget([n for n in candidate.new if is_constant(n)])  # as large as the weights themselves
+    policy.evaluator.forget(candidate.old if refusal is None else candidate.new)
+    if refusal is None:
         seen.add(key)
-    else:
-        refused.add(key)
-    policy.evaluator.forget(candidate.old if check.passed else candidate.new)
-    return check
+        return check
+    refused[key] = refusal
+    return refusal
 
 
 def _signature(candidate: Candidate) -> Hashable:
@@ -312,7 +264,8 @@ def _signature(candidate: Candidate) -> Hashable:
     def plain(value: object) -> object:
         if isinstance(value, fx.Node):
             tensor = value.meta.get("val")
-            return (str(tensor.dtype), str(tuple(tensor.shape))) if isinstance(tensor, torch.Tensor) else str(type(tensor))
+            known = isinstance(tensor, torch.Tensor)
+            return (str(tensor.dtype), str(tuple(tensor.shape))) if known else str(type(tensor))
         return repr(value)
 
     def described(nodes: Sequence[fx.Node]) -> tuple[object, ...]:
@@ -342,13 +295,21 @@ def _apply(graph: fx.Graph, candidate: Candidate, check: Check | None) -> Rewrit
 
 
 def _reverted(candidate: Candidate, check: Check) -> Reverted:
-    return Reverted(
-        candidate.rule.name,
-        common_module(candidate.old) or module_of(candidate.anchor),
-        source_of(candidate.anchor),
-        f"error {check.error_after:.3g} where the original has {check.error_before:.3g} and {check.bound:.3g} is allowed, or another meaning",
-        check,
-    )
+    before, after, bound = check.error_before, check.error_after, check.bound
+    if after > bound:
+        reason = f"error {after:.3g} where the original has {before:.3g} and {bound:.3g} is allowed"
+    else:
+        reason = f"error {after:.3g} where the original has {before:.3g}: too large on average, or another meaning"
+    return replace(_failed(candidate, reason), check=check)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _failed(site: Site | Candidate, reason: str) -> Reverted:
+    nodes, anchor = (site.nodes, site.outputs[0]) if isinstance(site, Site) else (site.old, site.anchor)
+    return Reverted(site.rule.name, common_module(nodes) or module_of(anchor), source_of(anchor), reason)
 
 
 def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
@@ -356,31 +317,3 @@ def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
         if not node._erased:
             node.users.clear()
             graph.erase_node(node)
-
-
-# -- near-misses -------------------------------------------------------------------------------------------------------
-
-
-def _near_miss(rule: Rule | GroupRule, failure: Failure, size: int) -> NearMiss:
-    node = failure.node
-    return NearMiss(
-        rule.name,
-        module_of(node) if node is not None else "",
-        source_of(node) if node is not None else "",
-        failure.wanted,
-        failure.found,
-        failure.depth,
-        size,
-    )
-
-
-def _group(misses: Sequence[NearMiss]) -> list[NearMiss]:
-    """Identical misses over layers become one with a count; numbers in names do not make them different."""
-    import re
-
-    grouped: dict[tuple[str, ...], NearMiss] = {}
-    for miss in misses:
-        key = (miss.rule, re.sub(r"\d+", "*", miss.module), miss.source, miss.wanted, re.sub(r"_?\d+", "*", miss.found))
-        first = grouped.get(key)
-        grouped[key] = miss if first is None else replace(first, module=key[1], count=first.count + 1)
-    return list(grouped.values())

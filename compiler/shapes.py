@@ -6,7 +6,7 @@ dimensions are the same when their expressions are equal, not when they happened
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -118,6 +118,26 @@ def dim_names(program: Program) -> dict[sympy.Symbol, str]:
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     found.setdefault(size.node.expr, f"{given.target}[{i}]")
     return found
+
+
+def described(value: Any) -> Hashable:
+    """What of an argument decides the dtype and shape of an operator's result: of a tensor, all but its elements.
+
+    Two calls of one operator with equal descriptions have equal fake values and equal costs.
+    """
+    if isinstance(value, fx.Node):
+        return described(value.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, tuple(map(described, value.shape)), tuple(map(described, value.stride()))
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value.node.expr
+    if isinstance(value, list | tuple):
+        return tuple(map(described, value))
+    if isinstance(value, slice):
+        return ("slice", described(value.start), described(value.stop), described(value.step))
+    if isinstance(value, dict):
+        return tuple((k, described(v)) for k, v in sorted(value.items()))
+    return type(value).__name__, str(value)
 
 
 def _symbolic(value: Any) -> Iterable[torch.SymInt]:

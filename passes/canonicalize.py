@@ -42,7 +42,7 @@ _DROPOUTS = frozenset([aten.dropout.default, aten.native_dropout.default, aten.f
 
 
 def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
-    """Clean the program's graph in place; `removed` counts what went, by kind."""
+    """Clean the program's graph in place (the caller recompiles); `removed` counts what went, by kind."""
     started = time.perf_counter()
     graph, removed = program.graph, Counter[str]()
     stage = Stage.CANONICALIZE if name == "canonicalize" else Stage.RAISE
@@ -58,7 +58,6 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
             break
     graph.eliminate_dead_code()
     graph.lint()
-    program.gm.recompile()
     result.removed = dict(removed)
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started

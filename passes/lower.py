@@ -54,7 +54,6 @@ def lower(program: Program, context: Context) -> PassResult:
             NearMiss("lower", module_of(node), source_of(node), f"{name} on {provider}", reason, 1, 1, count)
         )
     graph.lint()
-    program.gm.recompile()
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started
     return result

@@ -34,18 +34,25 @@ def pack(program: Program, context: Context) -> PassResult:
     meaning = program.placeholder_inputs()
     constant = _constant_nodes(graph)
     roots = [n for n in constant if any(u not in constant for u in n.users)]
+    shared: dict[str, fx.GraphModule] = {}
     for root in roots:
         members = _slice_of(root)
         if not _worth_packing(root, members):
             continue
-        packed = _pack(program, root, members, meaning)
+        packed = _pack(program, root, members, meaning, shared)
         result.rewrites.append(
-            Rewrite("pack", module_of(root), source_of(root), _label(packed), tuple(n.name for n in members), (packed.name,))
+            Rewrite(
+                "pack",
+                module_of(root),
+                source_of(root),
+                _label(packed.recipe),
+                tuple(n.name for n in members),
+                (packed.name,),
+            )
         )
     graph.eliminate_dead_code()
     _drop_unread(program)
     graph.lint()
-    program.gm.recompile()
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started
     return result
@@ -98,7 +105,14 @@ def _worth_packing(root: fx.Node, members: list[fx.Node]) -> bool:
     return value.numel() * value.element_size() <= LARGEST_COPY
 
 
-def _pack(program: Program, root: fx.Node, members: list[fx.Node], meaning: dict[fx.Node, Input]) -> Input:
+def _pack(
+    program: Program,
+    root: fx.Node,
+    members: list[fx.Node],
+    meaning: dict[fx.Node, Input],
+    shared: dict[str, fx.GraphModule],
+) -> Input:
+    """Put a PACKED input where `root` was; equal recipes of several layers share one graph module."""
     graph = program.graph
     sources = list(dict.fromkeys(i for n in members for i in n.all_input_nodes if i.op == "placeholder"))
     recipe_graph = fx.Graph()
@@ -106,16 +120,21 @@ def _pack(program: Program, root: fx.Node, members: list[fx.Node], meaning: dict
     copies: dict[fx.Node, fx.Node] = {}
     live = [s for s in sources if meaning[s].kind in (InputKind.PARAMETER, InputKind.BUFFER)]
     for source in live:
-        copies[source] = recipe_graph.placeholder(source.name)
+        copies[source] = recipe_graph.placeholder(f"weight_{len(copies)}")
     for source in sources:
         if source not in copies:
             holder.register_buffer(source.name, meaning[source].value)
             copies[source] = recipe_graph.get_attr(source.name)
     for node in members:
-        copies[node] = recipe_graph.node_copy(node, copies.__getitem__)
+        copied = recipe_graph.node_copy(node, copies.__getitem__)
+        copied.name = f"step_{len(copies)}"
+        copies[node] = copied
     recipe_graph.output(copies[root])
+    key = str(recipe_graph) if len(live) == len(sources) else f"of constants, {root.name}"
+    if key not in shared:
+        shared[key] = fx.GraphModule(holder, recipe_graph)
     recipe = Recipe(
-        fx.GraphModule(holder, recipe_graph),
+        shared[key],
         tuple(meaning[s].target for s in live),
         concatenation=_is_concatenation(root) and len(live) == len(sources),
     )
@@ -132,9 +151,9 @@ def _pack(program: Program, root: fx.Node, members: list[fx.Node], meaning: dict
     return packed
 
 
-def _label(packed: Input) -> str:
-    assert packed.recipe is not None
-    return f"{len(packed.recipe.sources)} weights laid side by side" if packed.recipe.concatenation else "computed from weights"
+def _label(recipe: Recipe | None) -> str:
+    assert recipe is not None
+    return f"{len(recipe.sources)} weights laid side by side" if recipe.concatenation else "computed from weights"
 
 
 def _drop_unread(program: Program) -> None:
