@@ -237,10 +237,8 @@ def nodes_of(entry: SignatureRecord) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Of what decides a result."""
-    from .. import __version__
-
-    found = {"regraft": __version__, "torch": torch.__version__}
-    for name in ("triton", "transformers"):
+    found = {"torch": torch.__version__}
+    for name in ("regraft", "triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
