@@ -104,7 +104,7 @@ class Limits:
                 if size < low or (high is not None and size > high):
                     reason = self.reasons.get(wanted, "the captured graph's range")
                     return f"dimension {dim} of {name} is {size}, outside {low} to {high} ({reason})"
-        shapes = tuple(t.shape for t in tensors.values())
+        shapes = tuple(tensors[name].shape for name in self.tensors)
         if shapes not in self._checked:
             if len(self._checked) > 4096:
                 self._checked.clear()
@@ -153,6 +153,9 @@ class Program:
     """Which other arguments the graph serves."""
     cache: bool = False
     """Whether `rebuild` returns a key-value cache built from outputs of the graph."""
+    guards: list[Callable[[dict[str, torch.Tensor]], bool]] = field(default_factory=list)
+    """Assumptions that passes inferred from samples: each says whether it holds for these inputs by keyword. They
+    depend on sizes, so the runtime asks once for every new set of sizes."""
 
     @property
     def graph(self) -> fx.Graph:

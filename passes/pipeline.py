@@ -19,6 +19,7 @@ from . import (
     linear,
     linear_act,
     lower,
+    masks,
     norm_rope,
     pack,
     qkv,
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("activation", Stage.RAISE, activation.RULES),
     Pass("glu", Stage.RAISE, glu.RULES),
     Pass("attention", Stage.RAISE, attention.RULES),
+    Pass("masks", Stage.RAISE, run=masks.masks),
     Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),
     # semantic ops -> fused ops; candidates of all of them compete
     Pass("qkv", Stage.FUSE, qkv.RULES),
