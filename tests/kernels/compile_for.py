@@ -2,8 +2,8 @@
 
     python compile_for.py 86 101376
 
-Prints a JSON list of `{"case", "shared", "estimate", "wgmma"}`: bytes, and whether Hopper's matrix unit is used. Run in a process of its own: it puts another driver and
-another device limit in place of the real ones.
+Prints a JSON list of `{"case", "shared", "estimate", "wgmma"}`: bytes, and whether Hopper's matrix unit is used. Run in
+a process of its own: it puts another driver and another device limit in place of the real ones.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
     half = torch.bfloat16
     pairs = {"mask": torch.ones(1, 1, 300, 300, dtype=torch.bool), "bias": torch.empty(1, 4, 300, 300)}
     for width, value_width, dtype, named in [
-        (64, 64, half, {}),
         (128, 128, half, {}),
         (128, 128, half, pairs),
         (192, 128, half, {}),
