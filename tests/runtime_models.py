@@ -36,6 +36,22 @@ def tiny_llama(layers: int = 1, seed: int = 0, **kwargs: Any) -> transformers.Ll
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | kwargs))).eval()
 
 
+def medium_llama(device: str = "cpu") -> transformers.LlamaForCausalLM:
+    """Twenty-four layers, 0.9 GB in bf16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            sizes = {
+                "hidden_size": 1280,
+                "intermediate_size": 3520,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 4,
+            }
+            return tiny_llama(24, vocab_size=8192, **sizes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     """Random token ids without the special ones."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
