@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from .certify import Certifier
 from .checks import device_of
 from .errors import CompileError, ParityError, RegraftError, StrictError
 from .executable import Executable
+from .guarded import Guarded
 from .logs import tell
 from .options import Options
 from .record import Record, SignatureRecord
@@ -61,6 +62,7 @@ class Stages(Protocol):
         verify: str,
         deny: frozenset[Site],
         kernels: bool,
+        module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
     ) -> CompiledLike:
@@ -83,6 +85,8 @@ class Served:
     """A signature that a graph serves."""
 
     executable: Executable
+    run: Guarded
+    """Calls go through here: the executable where what was inferred of its masks holds."""
     cache_kinds: tuple[Any, ...] | None = None
 
     def violation(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -144,7 +148,7 @@ class Builder:
             else:
                 entry.notes.append(Note("", str(error)))
             log.warning("%s: %s", entry.arguments, error)
-            self.weights.keep(r for s in self.served for r in s.executable.recipes)
+            self.weights.keep(r for s in self.served for r in s.run.recipes)
             raise error
         entry.served = True
         self.served.append(served)
@@ -176,13 +180,30 @@ class Builder:
         self._expect(entry)
         tell(self.record.model, entry)
         if self.options.dry_run:
-            return Served(tried.candidate)
+            return Served(tried.candidate, self._guarded(tried.candidate, program))
         entry.certificate = tried.certificate if self.options.verify != "off" else None
         if not tried.certificate.passed:
             raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
         self._pack(tried.candidate, entry)
         kinds = caches.kinds_of_output(tried.candidate(program.example)) if call.cache else None
-        return Served(tried.candidate, kinds)
+        return Served(tried.candidate, self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)), kinds)
+
+    def _guarded(self, executable: Executable, program: Program, deny: frozenset[Site] = frozenset()) -> Guarded:
+        def keeping_masks() -> Executable:
+            options = replace(self.options, passes={**self.options.passes, "masks": False})
+            made = self._stages.compile(
+                program,
+                options,
+                self.weights.value,
+                verify=options.verify,
+                deny=deny,
+                kernels=True,
+                module=self.module,
+                device=self.device,
+            )
+            return Executable(made.program, self.weights)
+
+        return Guarded(executable, keeping_masks)
 
     def _expect(self, entry: SignatureRecord) -> None:
         """Compare what was found with what this model should have.
@@ -219,6 +240,7 @@ class Builder:
                 verify=verify,
                 deny=deny,
                 kernels=kernels,
+                module=self.module,
                 device=self.device,
             )
             entry.retrace = lambda: compile_it(keep_text=True).passes
@@ -236,7 +258,7 @@ class Builder:
     def _pack(self, executable: Executable, entry: SignatureRecord) -> None:
         """Pack what this and the graphs already in use want, and nothing else."""
         with timed(entry.seconds, "pack"):
-            self.weights.keep([*(r for s in self.served for r in s.executable.recipes), *executable.recipes])
+            self.weights.keep([*(r for s in self.served for r in s.run.recipes), *executable.recipes])
             executable.prepare()
 
     def _unbound(self, module: nn.Module, **kwargs: Any) -> Any:

@@ -103,7 +103,7 @@ class Dispatch:
             return self._by_original(served.reason, args, kwargs)
         if call.past is not None and not served.fits(call.past):
             return self._by_original("a past_key_values of another kind than the model makes", args, kwargs)
-        output = served.executable(call.tensors)
+        output = served.run(call.tensors)
         if call.past is not None:
             output = caches.fill(output, call.past)
         with self._count_lock:

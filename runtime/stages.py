@@ -39,6 +39,7 @@ class Pipeline:
         verify: str,
         deny: frozenset[tuple[str, str]],
         kernels: bool,
+        module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
     ) -> Compiled:
@@ -51,6 +52,7 @@ class Pipeline:
             deny=deny,
             weights=None if options.dry_run else weights,
             inputs=program.example,
+            model=module,
             keep_text=keep_text,
         )
         return compile_program(program, settings)
