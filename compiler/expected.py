@@ -85,9 +85,7 @@ def expectations(
 
 def layer_count(config: Any) -> int:
     """Layers that a config promises, towers and sub-configs added up; 0 where it does not say."""
-    if config is None:
-        return 0
-    subs = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
+    subs = [v for v in getattr(config, "__dict__", {}).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
     inner = sum(layer_count(s) for s in subs)
     if inner:
         return inner

@@ -1,0 +1,164 @@
+"""Measurements: correctness before time, rounds in turn, medians; wrong and failing candidates are told, not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from runtime_models import tiny_llama
+
+from regraft.kernels import cases as kernel_cases
+from regraft.kernels.op import Kernel
+from regraft.kernels.rms_norm import rms_norm
+from regraft.runtime import bench as bench_module
+from regraft.runtime import bench_kernels as kernels_module
+from regraft.runtime.bench import bench_forward, table
+from regraft.runtime.bench_kernels import bench_kernels
+from regraft.runtime.doctor import examine, examples
+from regraft.runtime.loading import inputs_for
+from regraft.runtime.timing import measure
+
+CPU = torch.device("cpu")
+
+
+def test_measure_takes_turns_and_medians() -> None:
+    order: list[str] = []
+
+    def sleeping(name: str, seconds: float) -> Any:
+        def call() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    found = measure({"a": sleeping("a", 0.004), "b": sleeping("b", 0.001)}, CPU, rounds=3, calls=2, warmup=1)
+    assert order == ["a", "b", *"aabb", *"bbaa", *"aabb"], "warm-up, then rounds in alternating order"
+    assert found["a"].median_ms > 3.5 > found["b"].median_ms > 0.9
+    assert found["a"].fastest_ms <= found["a"].median_ms <= found["a"].slowest_ms
+    assert found["a"].warmup_s >= 0.004 and found["a"].rounds == 3
+    with pytest.raises(ValueError, match="rounds=0"):
+        measure({}, CPU, rounds=0)
+
+
+def test_inputs_have_the_size_that_was_asked_for() -> None:
+    model = tiny_llama()
+    made = inputs_for(model, 5, 33)
+    assert made["input_ids"].shape == (5, 33) and made["attention_mask"].shape == (5, 33)
+    assert made["input_ids"].max() < model.config.vocab_size and made["attention_mask"].all()
+    assert not torch.equal(made["input_ids"][0], made["input_ids"][2]), "rows differ"
+
+
+def test_forward_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    prepare = bench_module._prepare
+
+    def candidates(name: str, given: Any) -> Any:
+        if name == "compile":
+            return lambda **inputs: given(**{**inputs, "input_ids": inputs["input_ids"].flip(1)})
+        if name == "compile-max":
+            raise RuntimeError("no such backend")
+        return prepare(name, given)
+
+    monkeypatch.setattr(bench_module, "_prepare", candidates)
+    bench = bench_forward(model, [(2, 9)], ["regraft", "compile", "compile-max"], rounds=1, calls=1)
+    results = {r.candidate: r for r in bench.results}
+    assert results["eager"].timing and results["regraft"].timing and not results["regraft"].problem
+    assert results["regraft"].error <= results["regraft"].bound
+    assert results["compile"].timing is None and results["compile"].problem.startswith("wrong: logits")
+    assert results["compile"].error > results["compile"].bound
+    assert results["compile-max"].timing is None and "no such backend" in results["compile-max"].problem
+    plain = json.loads(json.dumps(bench.to_dict()))
+    assert {"date", "versions", "device", "dtype", "command", "model", "results"} <= plain.keys()
+    assert {"torch", "triton", "transformers", "regraft"} <= plain["versions"].keys()
+    assert plain["results"][0]["timing"]["median_ms"] > 0
+    lines = table(bench.results)
+    assert any("eager" in line and "1.00x" in line for line in lines) and any("wrong" in line for line in lines)
+    assert "forward" not in vars(model), "the model that was given is left as it was"
+
+
+def small_case() -> kernel_cases.Case:
+    def arguments(device: torch.device) -> dict[str, Any]:
+        x = torch.randn(1, 5, 96, dtype=torch.bfloat16, device=device)
+        return {"x": x, "weight": torch.randn(96, dtype=torch.bfloat16, device=device), "eps": 1e-6}
+
+    def peer(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    return kernel_cases.Case(rms_norm, "5 rows of 96", torch.bfloat16, arguments, "F.rms_norm", peer)
+
+
+def test_kernels_wrong_and_refusing_providers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> torch.Tensor:
+        return rms_norm.reference(*args) * 1.1
+
+    providers = (
+        Kernel(rms_norm, "good", rms_norm.reference, lambda signature: None),
+        Kernel(rms_norm, "bad", wrong, lambda signature: None),
+        Kernel(rms_norm, "picky", wrong, lambda signature: "x is too small"),
+    )
+    monkeypatch.setattr(kernels_module, "PROVIDERS", {"rms_norm": providers})
+    monkeypatch.setattr(kernels_module, "cases", lambda dtype: {"rms_norm": (small_case(),)})
+    said: list[str] = []
+    bench = bench_kernels(CPU, rounds=1, calls=1, say=said.append)
+    results = {r.provider: r for r in bench.results}
+    assert results["good"].timing and results["F.rms_norm"].timing
+    moved = 2 * (5 * 96 + 96) + 4 * 5 * 96  # without out_dtype the result is float32
+    assert results["good"].gb_s == pytest.approx(moved / (results["good"].us * 1e-6) / 1e9)
+    assert results["good"].roofline_share > 0
+    assert results["bad"].timing is None and results["bad"].problem.startswith("wrong")
+    assert results["bad"].error > results["bad"].bound
+    assert results["picky"].problem == "x is too small"
+    assert said[0] == "rms_norm, 5 rows of 96" and any("TFLOP/s" in line for line in said)
+    with pytest.raises(ValueError, match="'rope'"):
+        bench_kernels(CPU, ops=["rope"])
+
+
+def test_every_op_with_a_kernel_is_examined_and_the_examples_fit_their_ops() -> None:
+    from regraft.kernels.table import OPS, PROVIDERS
+
+    made = examples(CPU, torch.float32)
+    assert set(PROVIDERS) <= set(made)
+    for name, arguments in made.items():
+        found = OPS[name](**arguments)
+        assert all(t.isfinite().all() for t in (found if isinstance(found, tuple) else (found,))), name
+
+
+def test_the_doctor_finds_a_wrong_and_a_failing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regraft.runtime import doctor as doctor_module
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("illegal memory access")
+
+    def run(*args: Any) -> torch.Tensor:
+        return rms_norm.reference(*args) + 0.1
+
+    good = Kernel(rms_norm, "good", rms_norm.reference, lambda signature: None)
+    kernels = (
+        good,
+        dataclasses.replace(good, provider="off", run=run),
+        dataclasses.replace(good, provider="bad", run=failing),
+    )
+    monkeypatch.setattr(doctor_module, "PROVIDERS", {"rms_norm": kernels})
+    found = {f.what: f for f in examine(CPU, torch.float32)}
+    assert found["rms_norm (good)"].ok
+    assert not found["rms_norm (off)"].ok and "allowed" in found["rms_norm (off)"].detail
+    assert not found["rms_norm (bad)"].ok and "illegal memory access" in found["rms_norm (bad)"].detail
+    assert found["torch"].detail == torch.__version__
+
+
+@pytest.mark.gpu
+def test_device_time_hides_the_launch() -> None:
+    x = torch.randn(64, device="cuda")
+
+    def slow_to_launch() -> None:
+        time.sleep(0.001)
+        x.add_(1)
+
+    device = torch.device("cuda")
+    hidden = measure({"x": lambda: x.add_(1)}, device, rounds=1, calls=5, device_time=True)
+    seen = measure({"x": slow_to_launch}, device, rounds=1, calls=5)
+    assert hidden["x"].median_ms < 0.2 and seen["x"].median_ms > 0.9
