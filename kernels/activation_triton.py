@@ -90,7 +90,7 @@ def activate(x, KIND: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N1", "N2", "COL_BLOCKS"])
 def _activation_kernel(
     x_ptr,
     u_ptr,
@@ -129,6 +129,8 @@ def _activation_kernel(
 
 
 def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    if up is not None and up.shape != x.shape:  # sizes that were not known when the kernel was chosen
+        x, up = torch.broadcast_tensors(x, up)
     y = torch.empty_like(x) if up is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, up.dtype))
     if x.numel() == 0:
         return y

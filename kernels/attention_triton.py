@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import attention as ops
 from .activation_triton import tanh
-from .launch import ALIGNMENT, on_device, refuse_mixed, refuse_tensors, rows_aligned
+from .launch import ALIGNMENT, on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
 from .op import Kernel, Signature, TensorSpec
 from .tuning import MANY, Config, choose, refuse_memory
 
@@ -41,7 +41,12 @@ def _exp(x, PRECISE: tl.constexpr):
     return y
 
 
-@triton.jit
+# Sizes, and the strides that change with them, are not specialised: a new length must not compile a new kernel.
+_DYNAMIC: Final = ("Q", "K", "Q_BLOCKS", "left", "right")
+_STRIDES: Final = tuple(f"stride_{name}" for name in ("qb", "qh", "qq", "kb", "kh", "kk", "vb", "vh", "vk", "ob"))
+
+
+@triton.jit(do_not_specialize=[*_DYNAMIC, *_STRIDES])
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -94,7 +99,7 @@ def _attention_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISE: tl.constexpr,
-    ALIGN: tl.constexpr,  # strides of q, k and v are given in units of so many elements
+    ALIGN: tl.constexpr,  # strides of q, k, v and o are given in units of so many elements
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -181,7 +186,7 @@ def _attention_kernel(
         acc = acc * alpha[:, None]
     o = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
     tl.store(
-        o_ptr + batch * stride_ob + head * stride_oh + row[:, None] * stride_oq + dv[None, :],
+        o_ptr + (batch * stride_ob + head * stride_oh + row[:, None] * stride_oq) * ALIGN + dv[None, :],
         o.to(o_ptr.dtype.element_ty),
         mask=is_query[:, None] & (dv < DV)[None, :],
     )
@@ -246,6 +251,9 @@ def attention(
         return o
     shape = (batch, heads, queries, keys)
     absent = (0, 0, 0, 0)
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} do not belong together")
+    k, v = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (k, v))
     aligned = all(rows_aligned(t) for t in (q, k, v))
     align = ALIGNMENT // q.element_size() if aligned else 1
     config = choose("attention", *_plan(d, dv, q.element_size(), queries, mask, bias, aligned), q.device)
@@ -266,9 +274,9 @@ def attention(
             keys,
             q_blocks,
             *(step for t in (q, k, v) for step in (*(step // align for step in t.stride()[:-1]), t.stride(-1))),
-            o.stride(0),
-            o.stride(2),
-            o.stride(1),
+            o.stride(0) // align,
+            o.stride(2) // align,
+            o.stride(1) // align,
             *(absent if mask is None else mask.expand(shape).stride()),
             *(absent if bias is None else bias.expand(shape).stride()),
             *((0, 0) if key_mask is None else key_mask.expand(batch, keys).stride()),
@@ -320,6 +328,9 @@ def _refuse_masks(signature: Signature) -> str | None:
     for name in ("mask", "key_mask"):
         if signature[name] is not None and signature[name].dtype != torch.bool:
             return f"{name} is {signature[name].dtype}, not bool"
+    for name, most in (("mask", 4), ("bias", 4), ("key_mask", 2)):
+        if signature[name] is not None and len(signature[name].shape) > most:
+            return f"{name} has {len(signature[name].shape)} dimensions, more than {most}"
     return None
 
 
@@ -335,7 +346,7 @@ def _refuse_sizes(signature: Signature) -> str | None:
             return f"the head dimension of {name} is {width}; this kernel takes 1 to {MAX_HEAD_DIM}"
     if q[3] != k[3]:
         return f"q has head dimension {q[3]}, k {k[3]}"
-    return None
+    return refuse_vector(signature, "sinks", heads)
 
 
 KERNELS: Final = (Kernel(ops.attention, "triton", attention, _supports),)

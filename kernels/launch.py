@@ -79,6 +79,14 @@ def refuse_width(signature: Signature, name: str, limit: int) -> str | None:
     return None
 
 
+def refuse_vector(signature: Signature, name: str, size: int | None) -> str | None:
+    """Why a parameter that is read along the last dimension cannot be used, or `None`; an absent one can."""
+    spec = signature[name]
+    if spec is None or spec.shape == (size,):
+        return None
+    return f"{name} is {list(spec.shape)}, not one number for each of {size}"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

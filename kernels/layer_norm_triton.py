@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layer_norm as ops
-from .launch import TL_DTYPES, collapse, on_device, refuse_different_shapes, refuse_tensors, refuse_width
+from .launch import TL_DTYPES, collapse, on_device, refuse_different_shapes, refuse_tensors, refuse_vector, refuse_width
 from .op import Kernel, Signature
 from .rms_norm_triton import MAX_WIDTH, row_offsets
 from .tuning import RowMemory, choose
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "N1", "N2"])
 def _layer_norm_kernel(
     x_ptr,
     r_ptr,
@@ -81,6 +81,8 @@ def _layer_norm_kernel(
 def _run(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
+    if residual is not None and residual.shape != x.shape:  # sizes that were not known when the kernel was chosen
+        x, residual = torch.broadcast_tensors(x, residual)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     s = x if residual is None else torch.empty_like(x, dtype=sum_dtype)
     y = torch.empty(x.shape, dtype=sum_dtype, device=x.device)  # F.layer_norm returns a contiguous tensor
@@ -124,14 +126,22 @@ def _run(
 
 
 def _supports(signature: Signature) -> str | None:
-    return refuse_tensors(signature, ("x", "weight", "bias")) or refuse_width(signature, "x", MAX_WIDTH)
+    return refuse_tensors(signature, ("x", "weight", "bias")) or _refuse_sizes(signature)
 
 
 def _supports_add(signature: Signature) -> str | None:
     return (
         refuse_tensors(signature, ("x", "residual", "weight", "bias"))
         or refuse_different_shapes(signature, "x", "residual")
-        or refuse_width(signature, "x", MAX_WIDTH)
+        or _refuse_sizes(signature)
+    )
+
+
+def _refuse_sizes(signature: Signature) -> str | None:
+    return (
+        refuse_width(signature, "x", MAX_WIDTH)
+        or refuse_vector(signature, "weight", signature["x"].shape[-1])
+        or refuse_vector(signature, "bias", signature["x"].shape[-1])
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import linear_act as ops
 from .activation_triton import activate, refuse_kind
-from .launch import on_device, refuse_mixed, refuse_tensors, rows_aligned
+from .launch import on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
 from .op import Kernel, Signature
 from .tuning import Config, choose
 
@@ -29,7 +29,7 @@ def _add(total, lost, part):
     return new, (new - total) - corrected
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x_ptr,
     w_ptr,
@@ -170,7 +170,7 @@ def _refuse_sizes(signature: Signature) -> str | None:
         return f"x {list(x.shape)} and weight {list(weight.shape)} are not a linear layer"
     if x.shape[-1] != weight.shape[1]:
         return f"x has {x.shape[-1]} features, weight takes {weight.shape[1]}"
-    return None
+    return refuse_vector(signature, "bias", weight.shape[0])
 
 
 def _supports(signature: Signature) -> str | None:

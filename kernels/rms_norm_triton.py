@@ -17,6 +17,7 @@ from .launch import (
     on_device,
     refuse_different_shapes,
     refuse_tensors,
+    refuse_vector,
     refuse_width,
 )
 from .op import Kernel, Signature
@@ -33,7 +34,7 @@ def row_offsets(rows, N1, N2, stride_0, stride_1, stride_2):
     return (outer // N1) * stride_0 + (outer % N1) * stride_1 + inner * stride_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "N1", "N2"])
 def _rms_norm_kernel(
     x_ptr,
     r_ptr,
@@ -104,6 +105,8 @@ def _run(
     mid_dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    if residual is not None and residual.shape != x.shape:  # sizes that were not known when the kernel was chosen
+        x, residual = torch.broadcast_tensors(x, residual)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     weight_dtype = None if weight is None else weight.dtype
     promoted = ops.result_dtype(sum_dtype, weight_dtype, offset, mid_dtype, None)
@@ -163,6 +166,7 @@ def _supports(signature: Signature) -> str | None:
     return (
         refuse_tensors(signature, ("x", "weight"))
         or refuse_width(signature, "x", MAX_WIDTH)
+        or refuse_vector(signature, "weight", signature["x"].shape[-1])
         or refuse_rounding(signature, ("mid_dtype", "out_dtype"))
     )
 
@@ -172,6 +176,7 @@ def _supports_add(signature: Signature) -> str | None:
         refuse_tensors(signature, ("x", "residual", "weight"))
         or refuse_different_shapes(signature, "x", "residual")
         or refuse_width(signature, "x", MAX_WIDTH)
+        or refuse_vector(signature, "weight", signature["x"].shape[-1])
         or refuse_rounding(signature, ("mid_dtype", "out_dtype"))
     )
 

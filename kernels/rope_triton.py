@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rope as ops
-from .launch import TL_DTYPES, collapse, on_device, refuse_tensors, refuse_width
+from .launch import TL_DTYPES, collapse, on_device, refuse_tensors, refuse_vector, refuse_width
 from .op import Kernel, Signature
 from .rms_norm import result_dtype
 from .rms_norm_triton import refuse_rounding, row_offsets
@@ -37,7 +37,7 @@ def _weighted(
     return y.to(NORM_DTYPE).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "N1", "N2"])
 def _rope_kernel(
     x_ptr,
     w_ptr,
@@ -205,6 +205,8 @@ def _run(
 def _refuse_layout(signature: Signature) -> str | None:
     if signature["layout"] not in ops.LAYOUTS:
         return f"layout {signature['layout']!r} is not one of {ops.LAYOUTS}"
+    if not 0 < len(signature["cos"].shape) <= len(signature["x"].shape) >= len(signature["sin"].shape) > 0:
+        return "cos and sin must have one dimension or more, and no more than x"
     rotary, width = signature["cos"].shape[-1], signature["x"].shape[-1]
     if rotary is None or rotary % 2 or rotary > width:
         return f"the rotated width {rotary} must be known, even, and at most {width}"
@@ -226,6 +228,7 @@ def _supports_norm(signature: Signature) -> str | None:
     return (
         refuse_tensors(signature, ("x", "weight", "cos", "sin"))
         or refuse_width(signature, "x", MAX_WIDTH)
+        or refuse_vector(signature, "weight", signature["x"].shape[-1])
         or _refuse_layout(signature)
         or refuse_rounding(signature, ("mid_dtype", "out_dtype"))
     )

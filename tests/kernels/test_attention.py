@@ -11,6 +11,7 @@ from kernel_checks import check_kernel, in_dtypes, on_devices, refusal
 from torch import Tensor
 from torch.nn import functional as F
 
+from regraft.kernels import attention_triton
 from regraft.kernels.attention import attention, visible_pairs
 from regraft.kernels.table import select
 
@@ -290,11 +291,24 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(kernel.run(q, k, v, scale=0.1, right=0)[-1:, :, -1:], kernel.run(*last, scale=0.1, right=0))
 
 
+@pytest.mark.gpu
+def test_a_new_length_compiles_nothing() -> None:
+    cache = attention_triton._attention_kernel.device_caches[0][0]
+    seen = set()
+    for queries, keys in [(1, 33), (1, 64), (17, 17), (64, 64), (31, 80), (16, 1600)]:
+        q, k, v = qkv(2, 4, 2, queries, keys, 48, 48, torch.float16, "cuda")
+        check_kernel(attention, q, k, v, scale=0.2, right=0)
+        seen.add(len(cache))
+    assert max(seen) - min(seen) <= 1  # few queries have a configuration of their own
+
+
 @on_devices
 def test_triton_refuses(device: str) -> None:
     q, k, v = qkv(1, 4, 2, 3, 3, 16, 16, torch.float32, device)
     assert "dtypes differ" in refusal(attention, q, k.half(), v)
     assert "mask is torch.float32" in refusal(attention, q, k, v, torch.ones(3, 3, device=device))
+    assert "more than 2" in refusal(attention, q, k, v, key_mask=torch.ones(1, 1, 3, device=device).bool())
+    assert "not one number" in refusal(attention, q, k, v, sinks=torch.ones(1, device=device))
     assert "heads" in refusal(attention, q[:, :3], k, v)
     assert "320" in refusal(attention, *qkv(1, 1, 1, 3, 3, 320, 16, torch.float32, device))
 

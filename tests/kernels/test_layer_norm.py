@@ -67,5 +67,6 @@ def test_triton_views(dtype: torch.dtype, device: str) -> None:
 @on_devices
 def test_triton_refuses(device: str) -> None:
     x = torch.randn(2, 8, device=device)
+    assert "not one number" in refusal(layer_norm, x, torch.ones(8, device=device), torch.ones(1, device=device), EPS)
     assert "float64" in refusal(layer_norm, x.double(), None, None, EPS)
     assert "differ in shape" in refusal(add_layer_norm, x, x[:1], None, None, EPS)

@@ -83,6 +83,7 @@ def test_triton_refuses(device: str) -> None:
     assert "dtypes differ" in refusal(linear_act, x, weight.half(), bias, "relu")
     assert "odd" in refusal(gate_up, x, weight, bias, "relu")
     assert "takes 8" in refusal(linear_act, x[:, :4], weight, bias, "relu")
+    assert "not one number" in refusal(linear_act, x, weight, bias[:1], "relu")
     assert "relu9" in refusal(linear_act, x, weight, bias, "relu9")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from kernel_checks import as_tuple, layout
+from kernel_checks import as_tuple, layout, on_devices
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -182,3 +182,24 @@ def test_collapse_merges_what_it_can() -> None:
     assert collapse(y.shape, [y.stride(), y.contiguous().stride()], 3) == ([1, 6, 5], [[0, 1, 6], [0, 5, 1]])
     z = torch.empty(4, 3, 2).permute(2, 1, 0)
     assert collapse(z.shape, [z.stride()], 2) is None
+
+
+@on_devices
+def test_triton_broadcasts_what_was_not_known(device: str) -> None:
+    """Sizes unknown when the kernel was chosen may turn out to broadcast: as in the reference, never a wrong read."""
+    x, y = torch.randn(3, 5, 8, device=device), torch.randn(1, 5, 8, device=device)
+    for op, args in [
+        (add_rms_norm, (x, y, None, 1e-6)),
+        (add_rms_norm, (y, x, None, 1e-6)),
+        (add_layer_norm, (y, x, None, None, 1e-5)),
+        (glu, (x, y, "silu")),
+        (glu, (y, x, "silu")),
+    ]:
+        kernel = next(k for k in PROVIDERS[op.name] if k.provider == "triton")
+        for actual, expected in zip(as_tuple(kernel.run(*args)), as_tuple(op.reference(*args)), strict=True):
+            assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    q, k = torch.randn(2, 2, 3, 16, device=device), torch.randn(1, 2, 3, 16, device=device)
+    kernel = PROVIDERS["attention"][0]
+    assert torch.allclose(kernel.run(q, k, k), attention.reference(q, k, k), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="belong"):
+        kernel.run(q, q, k)

@@ -155,4 +155,7 @@ def test_triton_refuses(device: str) -> None:
     assert "float64" in refusal(rms_norm, x.double(), None, EPS)
     assert "mid_dtype" in refusal(rms_norm, x, None, EPS, 0.0, torch.float64)
     assert "differ in shape" in refusal(add_rms_norm, x, x[:1], None, EPS)
+    assert "not one number" in refusal(
+        rms_norm, torch.randn(2, 3, 8, device=device), torch.ones(3, 8, device=device), EPS
+    )
     assert "takes 1 to" in refusal(rms_norm, torch.empty(1, 100_000, device=device), None, EPS)

@@ -122,6 +122,7 @@ def test_triton_refuses(device: str) -> None:
     x = torch.randn(2, 4, 8, device=device)
     cos = torch.randn(4, 8, device=device)
     assert "neox" in refusal(rope, x, cos, cos, "neox")
+    assert "no more than x" in refusal(rope, x, cos[None, None], cos)
     assert "even" in refusal(rope, x, cos[:, :3], cos[:, :3])
     assert "at most 8" in refusal(rope, x, torch.randn(4, 16, device=device), torch.randn(4, 16, device=device))
     assert "sin 4" in refusal(rope, x, cos, cos[:, :4])
