@@ -106,5 +106,8 @@ def _integral(tensor: Tensor) -> bool:
 
 
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors where the weights are; on meta they are shapes only."""
-    return {n: t if t.device == device else t.to(device) for n, t in tensors.items()}
+    """The tensors where the weights are, laid out densely: strides of an example would become conditions of the graph.
+
+    On meta they are shapes only.
+    """
+    return {n: (t if t.device == device else t.to(device)).contiguous() for n, t in tensors.items()}
