@@ -109,7 +109,7 @@ class Blueprint:
 
     def build(self, where: Sequence[tuple[int, int]], tensors: Sequence[Tensor]) -> Cache:
         """The cache that the original forward returns, from K and V of each written layer."""
-        cache = self._assemble(recording=False)
+        cache: Any = self._assemble(recording=False)
         parts = self._parts(cache)
         for index, (i, j) in enumerate(where):
             parts[i].update(tensors[2 * index], tensors[2 * index + 1], j)
@@ -126,7 +126,7 @@ class Blueprint:
             parts.append(part)
         return EncoderDecoderCache(*parts) if self.encoder_decoder else parts[0]
 
-    def _parts(self, cache: Cache) -> list[Any]:
+    def _parts(self, cache: Any) -> list[Any]:
         return [cache.self_attention_cache, cache.cross_attention_cache] if self.encoder_decoder else [cache]
 
 

@@ -95,7 +95,7 @@ def _takes_use_cache(model: nn.Module, forward: Forward) -> bool:
         return True
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     return open_ended and hasattr(text, "use_cache")
 
 

@@ -64,6 +64,7 @@ def node_cost(node: fx.Node) -> Cost:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     if own is not None:
         return own.cost(*args, **kwargs)
+    assert isinstance(node.target, torch._ops.OpOverload)
     name = node.target._schema.name.removeprefix("aten::")
     inputs = _tensors((args, kwargs))
     if _is_view(node.target, name, inputs, outputs):

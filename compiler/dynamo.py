@@ -122,8 +122,8 @@ def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
             if str(value.node.expr) not in holders:
                 raise CaptureError("", f"the graph takes the number {node.name}, which is no tensor's size")
             with graph.inserting_before(body):
-                size = graph.call_function(torch.ops.aten.sym_size.int, holders[str(value.node.expr)])
-            node.replace_all_uses_with(size)
+                length = graph.call_function(torch.ops.aten.sym_size.int, holders[str(value.node.expr)])
+            node.replace_all_uses_with(length)
         graph.erase_node(node)
     copied.recompile()
     return copied, arguments

@@ -88,13 +88,9 @@ class Masks:
     def classify(self, node: fx.Node) -> Description:
         """The description of the mask of a `regraft::attention` node."""
         mask, bias = _argument(node, _MASK, "mask"), _argument(node, _BIAS, "bias")
-        if mask is None and bias is None:
+        argument, source = ("bias", bias) if mask is None else ("mask", mask)
+        if source is None:
             return Description("none", reason="there is no mask")
-        if mask is not None and bias is not None:
-            argument, source = "mask", mask
-        else:
-            argument, source = ("mask", mask) if mask is not None else ("bias", bias)
-        assert source is not None
         lengths = self._lengths(node)
         key = (source, argument, *map(str, lengths))
         if key not in self._known:
@@ -339,7 +335,7 @@ def _reads_activations(source: fx.Node) -> bool:
 def _config_sizes(model: nn.Module) -> list[int]:
     """Every whole number in the config, nested ones too, ascending: one of them may be a window."""
     config = getattr(model, "config", None)
-    stack: list[Any] = [config.to_dict() if hasattr(config, "to_dict") else {}]
+    stack: list[Any] = [config.to_dict() if config is not None and hasattr(config, "to_dict") else {}]
     found = set()
     while stack:
         value = stack.pop()

@@ -1,7 +1,7 @@
 """Find a pattern in a graph: backtracking from one anchor, local commutativity, and a memory of the deepest failure.
 
-The matcher visits only nodes whose target can be the pattern's root. Where a branch fails, the failure that got furthest
-is kept: it is what the user reads as a near-miss.
+The matcher visits only nodes whose target can be the pattern's root. Where a branch fails, the failure that got
+furthest is kept: it is what the user reads as a near-miss.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .opset import CASTS, BY_TARGET, arguments, is_free, scalar_of
+from .opset import BY_TARGET, CASTS, arguments, is_free, scalar_of
 from .pattern import AnyOf, Cast, Op, P, Param, Pattern, Var
 
 # Arguments that speak of memory, not of values; a pattern need not mention them.
-_LAYOUT_ARGUMENTS = frozenset(["layout", "device", "pin_memory", "non_blocking", "memory_format", "copy", "half_to_float"])
+_LAYOUT_ARGUMENTS = frozenset(
+    ["layout", "device", "pin_memory", "non_blocking", "memory_format", "copy", "half_to_float"]
+)
 
 Bindings = dict[Any, Any]
 
@@ -71,7 +73,9 @@ class Match:
         try:
             return self.__dict__["bindings"][name]
         except KeyError:
-            raise AttributeError(f"the pattern binds no {name!r}; it binds {', '.join(sorted(self.__dict__['bindings']))}") from None
+            raise AttributeError(
+                f"the pattern binds no {name!r}; it binds {', '.join(sorted(self.__dict__['bindings']))}"
+            ) from None
 
     @property
     def anchor(self) -> fx.Node:
@@ -144,7 +148,9 @@ class Matcher:
         ordered = tuple(sorted(nodes, key=self.index.order.__getitem__))
         return Match(outputs, ordered, names)
 
-    def _further_outputs(self, bindings: Bindings, outputs: tuple[fx.Node, ...]) -> Iterator[tuple[Bindings, tuple[fx.Node, ...]]]:
+    def _further_outputs(
+        self, bindings: Bindings, outputs: tuple[fx.Node, ...]
+    ) -> Iterator[tuple[Bindings, tuple[fx.Node, ...]]]:
         """Outputs after the first: already bound inside the match, or found by walking users of bound nodes."""
         if len(outputs) == len(self.pattern.outputs):
             yield bindings, outputs
@@ -170,7 +176,9 @@ class Matcher:
         depth = sum(isinstance(k, Op | Var) for k in bindings)
         if depth > self.failure.depth:
             wanted = f"{describe(p)} ({p.where})" if isinstance(p, P) and p.where else describe(p)
-            self.failure = Failure(depth, wanted, found, value if isinstance(value, fx.Node) else self._nearest(bindings))
+            self.failure = Failure(
+                depth, wanted, found, value if isinstance(value, fx.Node) else self._nearest(bindings)
+            )
 
     @staticmethod
     def _nearest(bindings: Bindings) -> fx.Node | None:
@@ -191,7 +199,12 @@ class Matcher:
                 if bindings[p] is value:
                     yield bindings
                 else:
-                    self._fail(p, value, bindings, f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere")
+                    self._fail(
+                        p,
+                        value,
+                        bindings,
+                        f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere",
+                    )
                 return
             for i, alternative in enumerate(p.alternatives):
                 for extended in self._match(alternative, value, bindings):
@@ -217,11 +230,15 @@ class Matcher:
         elif bindings[p.name] is bound or (number is not None and bindings[p.name] == number):
             yield bindings
         else:
-            self._fail(p, value, bindings, f"{describe(value)}, while {p.name!r} is already {describe(bindings[p.name])}")
+            self._fail(
+                p, value, bindings, f"{describe(value)}, while {p.name!r} is already {describe(bindings[p.name])}"
+            )
 
     def _match_cast(self, p: Cast, value: Any, bindings: Bindings) -> Iterator[Bindings]:
         if p in bindings and bindings[p] is not value:
-            self._fail(p, value, bindings, f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere")
+            self._fail(
+                p, value, bindings, f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere"
+            )
             return
         if isinstance(value, fx.Node) and value.target in CASTS:
             extra: Bindings = {p: value, ("node", value): value}
@@ -238,7 +255,9 @@ class Matcher:
             if bindings[p] is value:
                 yield bindings
             else:
-                self._fail(p, value, bindings, f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere")
+                self._fail(
+                    p, value, bindings, f"{describe(value)}, while the same value is {describe(bindings[p])} elsewhere"
+                )
             return
         if not isinstance(value, fx.Node) or value.target not in p.spec.targets:
             self._fail(p, value, bindings, describe(value))

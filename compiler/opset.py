@@ -118,7 +118,9 @@ def spec_of(name: str) -> OpSpec:
         return OPS[name]
     overload = getattr(getattr(torch.ops.regraft, name.removeprefix("regraft_"), None), "default", None)
     if overload is None:
-        raise AttributeError(f"unknown operator {name!r} in a pattern; known: {', '.join(sorted(OPS))} and the ops of torch.ops.regraft")
+        raise AttributeError(
+            f"unknown operator {name!r} in a pattern; known: {', '.join(sorted(OPS))} and the ops of torch.ops.regraft"
+        )
     return OpSpec(name, frozenset([overload]))
 
 
@@ -141,7 +143,9 @@ def _schema_args(target: Any) -> tuple[tuple[str, Any, bool], ...] | None:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return None
-    return tuple((a.name, a.default_value if a.has_default_value() else None, a.has_default_value()) for a in schema.arguments)
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None, a.has_default_value()) for a in schema.arguments
+    )
 
 
 _DIM_NAMES = frozenset(["dim", "dim0", "dim1", "start_dim", "end_dim"])
@@ -166,7 +170,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def _normalize_dims(node: fx.Node, result: dict[str, Any]) -> None:
     first = next((v for v in result.values() if isinstance(v, fx.Node)), None)
     if first is None:
-        first = next((u for v in result.values() if isinstance(v, list | tuple) for u in v if isinstance(u, fx.Node)), None)
+        first = next(
+            (u for v in result.values() if isinstance(v, list | tuple) for u in v if isinstance(u, fx.Node)), None
+        )
     value = first.meta.get("val") if first is not None else None
     if not isinstance(value, torch.Tensor):
         return

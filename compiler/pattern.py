@@ -5,7 +5,8 @@
         return p.mul(p.cast(p.mul(p.cast(x), p.rsqrt(p.add(ms, eps))), tag="rounded"), w)
 
 The function is called once. Its parameters after `p` are variables: each binds a node or a number, and one that occurs
-twice must be the same value in both places. Nothing is traced through torch: no shapes, dtypes or constants are burned in.
+twice must be the same value in both places. Nothing is traced through torch: no shapes, dtypes or constants are burned
+in.
 An argument that the pattern does not mention must have its schema default in the graph: there are no silent wildcards.
 
 (The builder is onnxscript's idea; the engine behind it follows tinygrad's and Inductor's anchors.)
@@ -126,7 +127,7 @@ class Pattern:
 
 def trace(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function once, with a builder and one variable for each further parameter."""
-    names = [n for n in inspect.signature(function).parameters][1:]
+    names = list(inspect.signature(function).parameters)[1:]
     result = function(Builder(), *[Var(n) for n in names])
     outputs = result if isinstance(result, tuple) else (result,)
     for output in outputs:
@@ -183,4 +184,3 @@ def _parts(outputs: tuple[P, ...]) -> Iterator[P]:
 
     for output in outputs:
         yield from walk(output)
-

@@ -36,7 +36,7 @@ def common_module(nodes: Iterable[fx.Node]) -> str:
     paths = [p for p in paths if p != [""]]
     if not paths:
         return ""
-    shared = os.path.commonprefix([tuple(p) for p in paths])  # type: ignore[list-item]
+    shared = os.path.commonprefix([tuple(p) for p in paths])  # type: ignore[list-item]  # noqa: RUF071 - compares whole parts
     return ".".join(shared)
 
 

@@ -264,8 +264,9 @@ def _signature(candidate: Candidate) -> Hashable:
     def plain(value: object) -> object:
         if isinstance(value, fx.Node):
             tensor = value.meta.get("val")
-            known = isinstance(tensor, torch.Tensor)
-            return (str(tensor.dtype), str(tuple(tensor.shape))) if known else str(type(tensor))
+            if not isinstance(tensor, torch.Tensor):
+                return str(type(tensor))
+            return str(tensor.dtype), str(tuple(tensor.shape))
         return repr(value)
 
     def described(nodes: Sequence[fx.Node]) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ dimensions are the same when their expressions are equal, not when they happened
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -16,7 +16,7 @@ from torch import fx
 from ..kernels.cost import size as _size
 from .program import Program
 
-Size = int | torch.SymInt | sympy.Expr
+Size: TypeAlias = int | torch.SymInt | sympy.Expr
 Bindings = dict[str, sympy.Expr]
 
 
@@ -144,4 +144,5 @@ def _symbolic(value: Any) -> Iterable[torch.SymInt]:
     if isinstance(value, torch.SymInt):
         yield value
     elif isinstance(value, torch.Tensor):
-        yield from (s for s in value.shape if isinstance(s, torch.SymInt))
+        shape: Sequence[object] = value.shape
+        yield from (s for s in shape if isinstance(s, torch.SymInt))

@@ -1,8 +1,8 @@
 """Run pieces of a graph on real values, in the model's precision and one precision up, and compare.
 
-The oracle for a site is the original subgraph one precision up (fp32 for bf16 and fp16, fp64 for fp32). A replacement is
-kept when it means the same (it agrees with the oracle when itself evaluated one precision up) and when its own error in
-the model's precision is at most twice the original's plus a few ulp.
+The oracle for a site is the original subgraph one precision up (fp32 for bf16 and fp16, fp64 for fp32). A replacement
+is kept when it means the same (it agrees with the oracle when itself evaluated one precision up) and when its own error
+in the model's precision is at most twice the original's plus a few ulp.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Upcast(fx.Interpreter):
 class Evaluator:
     """Values of nodes of a program on example inputs and the user's weights, computed when asked for and remembered."""
 
-    def __init__(self, program: Program, weights: Callable[[Input], torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, program: Program, weights: Callable[[Input], torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> None:
         self._meaning = program.placeholder_inputs()
         self._weights = weights
         self._inputs = inputs
@@ -98,7 +100,9 @@ class Evaluator:
 
 
 @torch.no_grad()
-def evaluate_upcast(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], outside: Callable[[fx.Node], Any], target: torch.dtype) -> list[Any]:
+def evaluate_upcast(
+    nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], outside: Callable[[fx.Node], Any], target: torch.dtype
+) -> list[Any]:
     """Evaluate `nodes` (in graph order) one precision up, taking everything else from `outside`."""
     values: dict[fx.Node, Any] = {}
 
@@ -158,7 +162,10 @@ def magnitude(value: Any) -> Distance:
     count = sum(t.numel() for t in parts)
     if not count:
         return Distance(0.0, 0.0)
-    return Distance(max(float(t.abs().max()) for t in parts if t.numel()), (sum(float(t.square().sum()) for t in parts) / count) ** 0.5)
+    return Distance(
+        max(float(t.abs().max()) for t in parts if t.numel()),
+        (sum(float(t.square().sum()) for t in parts) / count) ** 0.5,
+    )
 
 
 def bound_for(error: Distance, oracle: Any, dtype: torch.dtype) -> Distance:

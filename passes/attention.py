@@ -1,11 +1,11 @@
 """Raise attention where it did not come through transformers' registry: SDPA, and the eager spelling.
 
-    scaled_dot_product_attention(q, k, v, mask, scale=s)                ->  transpose(attention(q, k, v, mask, scale=s))
-    matmul(softmax(matmul(q, k.T) * s + mask), v)                       ->  the same
-    attention(q, repeat_kv(k), repeat_kv(v))                            ->  attention(q, k, v): the op groups heads itself
+    scaled_dot_product_attention(q, k, v, mask, scale=s)              ->  transpose(attention(q, k, v, mask, scale=s))
+    matmul(softmax(matmul(q, k.T) * s + mask), v)                     ->  the same
+    attention(q, repeat_kv(k), repeat_kv(v))                          ->  attention(q, k, v): the op groups heads itself
 
-A mask is kept as it is here, whatever it looks like; `passes.masks` finds out what it says. The op sums in another order
-than either spelling, so these rules are verified like fusions and not required to keep bits.
+A mask is kept as it is here, whatever it looks like; `passes.masks` finds out what it says. The op sums in another
+order than either spelling, so these rules are verified like fusions and not required to keep bits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _is_lowest(value: Any) -> bool:
     return number is not None and number <= torch.finfo(torch.float16).min / 2
 
 
-def emit_attention(g: Emitter, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: float, right: int = -1, softcap: float = 0.0) -> fx.Node:
+def emit_attention(
+    g: Emitter, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: float, right: int = -1, softcap: float = 0.0
+) -> fx.Node:
     """attention in SDPA's layout [B, H, Q, Dv]."""
     return g.transpose(g.attention(q, k, v, mask, bias, None, None, scale, -1, right, softcap), 1, 2)
 
@@ -112,7 +114,11 @@ class EagerAttention(Rule):
         if q is None or kt is None or v is None:
             return Reject("the operands have no shape [batch, heads, length, width]", m.q)
         heads = m.val(q).shape[1]
-        if not isinstance(heads, int) or m.val(kt).shape[1] not in (1, heads) or m.val(v).shape[1] != m.val(kt).shape[1]:
+        if (
+            not isinstance(heads, int)
+            or m.val(kt).shape[1] not in (1, heads)
+            or m.val(v).shape[1] != m.val(kt).shape[1]
+        ):
             return Reject("queries, keys and values have different numbers of heads", m.q)
         for name, expected in (("scaling", (0, 1)), ("uncapped", (0,))):
             number = m.bindings.get({0: "factor", 1: "divisor"}.get(m.scaling, "") if name == "scaling" else "cap")
@@ -132,7 +138,12 @@ class EagerAttention(Rule):
         q, (keys, across), v = _in_four(m.q), _keys(m.kt), _in_four(m.v)
         assert q is not None and keys is not None and v is not None
         k = g.transpose(keys, 2, 3) if across else keys
-        scale = {0: lambda: float(m.factor), 1: lambda: 1.0 / float(m.divisor), 2: lambda: float(m.alpha), 3: lambda: 1.0}[m.scaling]()
+        scale = {
+            0: lambda: float(m.factor),
+            1: lambda: 1.0 / float(m.divisor),
+            2: lambda: float(m.alpha),
+            3: lambda: 1.0,
+        }[m.scaling]()
         biases: list[fx.Node] = []
         if m.scaling == 2:
             length = g.call(aten.sym_size.int, k, 2)

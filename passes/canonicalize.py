@@ -1,7 +1,7 @@
 """Remove what model code and export leave behind, so that each idea has one spelling before rules look for it.
 
     _assert_*, no-op cast / expand / slice / view / clone / dropout, x + 0, x * 1      -> gone
-    view, _unsafe_view, flatten                                                        -> reshape (a clone before it is then void)
+    view, _unsafe_view, flatten                                                        -> reshape, past a clone
     split, chunk, unbind with numbers for sizes                                        -> slices and selects
     permute of two dims, t, transposes of transposes                                   -> one transpose, or nothing
     to.dtype, type_as                                                                  -> _to_copy(dtype=)
@@ -36,7 +36,9 @@ _ASSERTIONS = frozenset(
         aten.sym_constrain_range_for_size.default,
     ]
 )
-_PASS_THROUGH = frozenset([aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default])
+_PASS_THROUGH = frozenset(
+    [aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default]
+)
 _SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int])
 _DROPOUTS = frozenset([aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default])
 
@@ -65,7 +67,7 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
 
 
 def same_tensor(a: Any, b: Any) -> bool:
-    """Equal dtype, device and shape, symbolic sizes compared by expression (asking nothing of the shape environment)."""
+    """Equal dtype, device and shape, symbolic sizes compared by expression (the shape environment is not asked)."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
     return a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
@@ -195,7 +197,12 @@ def _no_op(node: fx.Node, source: fx.Node) -> str | None:
         return "no-op slice"
     if target in (aten.add.Tensor, aten.sub.Tensor) and len(node.args) > 1 and _is_number(node.args[1], 0):
         return "add 0"
-    if target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2 and not node.kwargs and _is_number(node.args[1], 1):
+    if (
+        target in (aten.mul.Tensor, aten.div.Tensor)
+        and len(node.args) == 2
+        and not node.kwargs
+        and _is_number(node.args[1], 1)
+    ):
         return "multiply by 1"
     return None
 
@@ -227,7 +234,11 @@ def _merge_equal(graph: fx.Graph, removed: Counter[str]) -> int:
 
 
 def _is_deterministic(node: fx.Node) -> bool:
-    if node.target in (operator.getitem, aten.sym_size.int) or getattr(node.target, "__module__", "") in ("_operator", "torch", "math"):
+    if node.target in (operator.getitem, aten.sym_size.int) or getattr(node.target, "__module__", "") in (
+        "_operator",
+        "torch",
+        "math",
+    ):
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or role_of(node) is Role.MUTATE:
         return False

@@ -1,7 +1,7 @@
 """Fuse the two projections of a gated MLP and the gate itself:
 
-    glu(linear(x, wg, bg), linear(x, wu, bu), kind)              ->  gate_up(x, cat(wg, wu), cat(bg, bu), kind)
-    y = linear(x, w, b);  glu(y[..., :I], y[..., I:], kind)      ->  gate_up(x, w, b, kind)                       (Phi-3)
+glu(linear(x, wg, bg), linear(x, wu, bu), kind)              ->  gate_up(x, cat(wg, wu), cat(bg, bu), kind)
+y = linear(x, w, b);  glu(y[..., :I], y[..., I:], kind)      ->  gate_up(x, w, b, kind)                       (Phi-3)
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class PackedGateUp(Rule):
     def check(self, m: Match) -> Reject | None:
         width = m.val(m.weight).shape[0]
         if (m.a, m.b, m.c) != (0, width // 2, width // 2) or m.d < width or width % 2:
-            return Reject(f"the halves are [{m.a}:{m.b}] and [{m.c}:{m.d}] of {width}; the op wants the gate first", m.anchor)
+            return Reject(
+                f"the halves are [{m.a}:{m.b}] and [{m.c}:{m.d}] of {width}; the op wants the gate first", m.anchor
+            )
         return None
 
     def emit(self, m: Match, g: Emitter) -> fx.Node:

@@ -1,8 +1,8 @@
 """Raise the other spellings of a linear layer.
 
-    reshape(addmm(b, reshape(x, [-1, K]), W), [..., N])   ->  linear(x, W.T, b)       (GPT-2's Conv1D)
-    matmul(x, w.T)                                        ->  linear(x, w)            (Falcon)
-    mm, addmm on matrices                                 ->  linear
+reshape(addmm(b, reshape(x, [-1, K]), W), [..., N])   ->  linear(x, W.T, b)       (GPT-2's Conv1D)
+matmul(x, w.T)                                        ->  linear(x, w)            (Falcon)
+mm, addmm on matrices                                 ->  linear
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class AddmmLinear(Rule):
         return p.view(p.addmm(b, p.view(x, "rows"), w), "sizes")
 
     def check(self, m: Match) -> Reject | None:
-        return _check_rows(m) or (None if m.val(m.b).dim() == 1 else Reject("the added tensor is not a bias vector", m.b))
+        return _check_rows(m) or (
+            None if m.val(m.b).dim() == 1 else Reject("the added tensor is not a bias vector", m.b)
+        )
 
     def emit(self, m: Match, g: Emitter) -> fx.Node:
         return g.linear(m.x, g.transpose(m.w, 0, 1), m.b)
@@ -104,8 +106,16 @@ def _check_rows(m: Match) -> Reject | None:
         return Reject("the matrix is not a weight", m.w, quiet=True)
     inner, outer = m.val(m.w).shape
     x, y = m.val(m.x), m.anchor.meta["val"]
-    fitting = x.shape[-1] == inner and y.shape[-1] == outer and [str(s) for s in x.shape[:-1]] == [str(s) for s in y.shape[:-1]]
-    return None if fitting else Reject(f"{list(x.shape)} is folded to rows of {inner}, and unfolded to {list(y.shape)}", m.x)
+    fitting = (
+        x.shape[-1] == inner
+        and y.shape[-1] == outer
+        and [str(s) for s in x.shape[:-1]] == [str(s) for s in y.shape[:-1]]
+    )
+    return (
+        None
+        if fitting
+        else Reject(f"{list(x.shape)} is folded to rows of {inner}, and unfolded to {list(y.shape)}", m.x)
+    )
 
 
 RULES = (AddmmLinear(), MmLinear(), FlatAddmmLinear(), MatmulLinear())

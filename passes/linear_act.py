@@ -1,4 +1,4 @@
-"""Fuse a linear layer with the activation behind it:  activation(linear(x, w, b), kind)  ->  linear_act(x, w, b, kind)."""
+"""Fuse a linear layer with the activation behind it: activation(linear(x, w, b), kind) -> linear_act(x, w, b, kind)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..compiler.pipeline import Context
@@ -90,7 +89,7 @@ def _choose(
                 "lower",
                 module_of(node),
                 source_of(node),
-                f"the {kernel.provider} kernel of {op.name} has error {check.error_after:.3g}, {check.bound:.3g} is allowed",
+                f"the {kernel.provider} kernel of {op.name} errs by {check.error_after:.3g}, allowed {check.bound:.3g}",
                 check,
             )
         )

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..compiler.masks import Description, Masks
+from ..compiler.masks import Description, MaskGuard, Masks
 from ..compiler.opset import arguments
 from ..compiler.pipeline import Context
 from ..compiler.program import Program
@@ -35,7 +35,7 @@ def masks(program: Program, context: Context) -> PassResult:
     if context.settings.model is not None and nodes:
         classified = Masks(program, context.settings.model)
         found = [(node, classified.classify(node)) for node in nodes]
-        guards = {}
+        guards: dict[tuple[object, ...], MaskGuard] = {}
         for node, description in found:
             if description.replaceable:
                 guards.setdefault(_key(node, description), classified.guard(node, description))
@@ -87,7 +87,13 @@ def _as_bool(graph: fx.Graph, node: fx.Node, mask: fx.Node) -> fx.Node:
 
 def _tell(result: PassResult, node: fx.Node, found: Description) -> None:
     miss = NearMiss(
-        "masks", module_of(node), source_of(node), "a window around the query, with padding", f"{found.kind}: {found.reason}", 1, 1
+        "masks",
+        module_of(node),
+        source_of(node),
+        "a window around the query, with padding",
+        f"{found.kind}: {found.reason}",
+        1,
+        1,
     )
     same = [i for i, m in enumerate(result.misses) if (m.source, m.found) == (miss.source, miss.found)]
     if same:

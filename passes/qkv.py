@@ -1,6 +1,6 @@
 """Fuse linears of one module that read the same value into one:
 
-    linear(x, wq, bq), linear(x, wk), linear(x, wv, bv)   ->   y = linear(x, cat(wq, wk, wv), cat(bq, 0, bv));  slices of y
+    linear(x, wq, bq), linear(x, wk), linear(x, wv, bv)  ->  y = linear(x, cat(wq, wk, wv), cat(bq, 0, bv)); slices of y
 
 Any number of siblings, with and without bias. The concatenation is folded into one packed weight later, and the old
 parameters become views of it.

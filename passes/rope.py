@@ -2,11 +2,11 @@
 
     x*cos + cat(-x2, x1)*sin                          halves              (llama, NeoX)
     x*cos + stack(-x[1::2], x[::2]).flatten*sin       interleaved         (GPT-J, GLM, Cohere)
-    cat(x1*cos - x2*sin, x2*cos + x1*sin)             half-width tables   (gpt-oss; DeepSeek with x1 = x[::2], x2 = x[1::2])
+    cat(x1*cos - x2*sin, x2*cos + x1*sin)             half-width tables   (gpt-oss; DeepSeek: x1 = x[::2], x2 = x[1::2])
     ->  rope(x, cos, sin, layout, compute_dtype)
 
-A rotation of the first R of D elements, `cat(rope(x[:R]), x[R:])`, is one op too. x may be brought to another dtype first
-and back behind it: recorded as `compute_dtype`.
+A rotation of the first R of D elements, `cat(rope(x[:R]), x[R:])`, is one op too. x may be brought to another dtype
+first and back behind it: recorded as `compute_dtype`.
 """
 
 from __future__ import annotations
@@ -143,13 +143,21 @@ class RopeHalfTables(Rule):
         cos, sin = m.val(m.cos), m.val(m.sin)
         if width is None or width % 2:
             return Reject("the last dimension is not an even number", m.x)
-        if not isinstance(cos, torch.Tensor) or not isinstance(sin, torch.Tensor) or {cos.shape[-1], sin.shape[-1]} != {width // 2}:
+        if (
+            not isinstance(cos, torch.Tensor)
+            or not isinstance(sin, torch.Tensor)
+            or {cos.shape[-1], sin.shape[-1]} != {width // 2}
+        ):
             return Reject(f"the tables are not {width // 2} wide", m.cos)
         if m.anchor.meta["val"].dtype is not m.dtype(m.x):
             return Reject(f"the result is {m.anchor.meta['val'].dtype}, the input {m.dtype(m.x)}", m.x)
         if m.step == 1:
             halves = (_interval(m.a, m.b, width), _interval(m.c, m.d, width))
-            return None if halves == ((0, width // 2), (width // 2, width)) else Reject(f"the slices are not the two halves of {width}", m.x)
+            return (
+                None
+                if halves == ((0, width // 2), (width // 2, width))
+                else Reject(f"the slices are not the two halves of {width}", m.x)
+            )
         if m.step == 2 and (m.a, m.c) == (0, 1):
             return None
         return Reject(f"slices with step {m.step} from {m.a} and {m.c}", m.x)

@@ -171,7 +171,9 @@ class _Compiled:
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._users):
             if not self._warned:
                 self._warned = True
-                warnings.warn("regraft: an input asks for gradients; the original graph runs", RegraftWarning, stacklevel=2)
+                warnings.warn(
+                    "regraft: an input asks for gradients; the original graph runs", RegraftWarning, stacklevel=2
+                )
             self._record.calls["original"] += 1
             return self._original(*args)
         with torch.no_grad():
@@ -224,7 +226,7 @@ def _is_active_dropout(node: fx.Node) -> bool:
         return False
     rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-    return bool(training) and rate != 0
+    return bool(training) and bool(rate != 0)
 
 
 def _owner(gm: fx.GraphModule) -> str:

@@ -57,9 +57,9 @@ def _try(kernel: Kernel, arguments: dict[str, Any]) -> Finding:
     wide = {k: _widen(v, higher(dtype)) for k, v in arguments.items()}
     oracle, plain = _tensors(kernel.op.reference(**wide)), _tensors(kernel.op.reference(**arguments))
     for new, old, best in zip(made, plain, oracle, strict=True):
-        error, bound = distance(new, best), bound_for(distance(old, best), best, dtype)
-        if not error <= bound:
-            return Finding(name, False, f"error {error.largest:.1e}, allowed {bound.largest:.1e}")
+        apart, bound = distance(new, best), bound_for(distance(old, best), best, dtype)
+        if not apart <= bound:
+            return Finding(name, False, f"error {apart.largest:.1e}, allowed {bound.largest:.1e}")
     return Finding(name, True, "agrees with its reference")
 
 

@@ -237,7 +237,7 @@ def nodes_of(entry: SignatureRecord) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Of what decides a result."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("regraft", "triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)

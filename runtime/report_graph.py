@@ -81,8 +81,8 @@ def places(nodes: Iterable[fx.Node]) -> list[tuple[str, str]]:
 
 def diff_lines(before: str, after: str) -> list[str]:
     """Unified diff of two printed graphs, without headers, comments and what only releases memory."""
-    lines = [_statements(text) for text in (before, after)]
-    return [line for line in difflib.unified_diff(*lines, lineterm="", n=1) if not line.startswith(("---", "+++"))]
+    lines = difflib.unified_diff(_statements(before), _statements(after), lineterm="", n=1)
+    return [line for line in lines if not line.startswith(("---", "+++"))]
 
 
 def _statements(text: str) -> list[str]:
