@@ -63,7 +63,7 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
     exported again with the same sizes left open.
     """
     graph_module, arguments = _without_sizes(gm)
-    tensors = tuple(examples[a.position] for a in arguments)
+    tensors = tuple(examples[a.position].detach() for a in arguments)
     dynamic = tuple(_dynamic_dims(n) for n in graph_module.graph.nodes if n.op == "placeholder")
     try:
         # outside Dynamo's own tracing: sizes made here must not become guards of the frame it compiles

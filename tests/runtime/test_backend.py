@@ -1,0 +1,113 @@
+"""`torch.compile(model, backend="regraft")`: the passes behind Dynamo, on every model, with the weights of the call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import regraft
+from regraft.runtime.backend import backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _compiled(model: nn.Module, reports: list[Any], **options: Any) -> Any:
+    return torch.compile(model, backend="regraft", options={"report": reports.append, "strict": True, **options})
+
+
+def _longer(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tokens = ("input_ids", "attention_mask", "decoder_input_ids")
+    return {n: torch.cat([t, t[:, -2:]], 1) if n in tokens else t for n, t in inputs.items()}
+
+
+def _worst(a: Any, b: Any) -> float:
+    pairs = zip(a.to_tuple(), b.to_tuple(), strict=True)
+    return max(float((x - y).abs().max()) for x, y in pairs if isinstance(x, torch.Tensor))
+
+
+def test_the_entry_point_is_found() -> None:
+    assert "regraft" in torch._dynamo.list_backends(exclude_tags=())
+
+
+@pytest.mark.parametrize("name", zoo.EIGHTEEN)
+def test_every_architecture_in_one_graph_at_two_lengths(name: str) -> None:
+    model, inputs = zoo.build(name)
+    reports: list[Any] = []
+    compiled = _compiled(model, reports)
+    with torch.no_grad():
+        for given in (inputs, _longer(inputs)):
+            expected = model(**given)
+            scale = max(float(t.abs().max()) for t in expected.to_tuple() if isinstance(t, torch.Tensor))
+            assert _worst(compiled(**given), expected) <= 2e-5 * scale
+    assert sum(r.calls["graph"] for r in reports) == 2
+    assert sum(r.calls["original"] for r in reports) == 0
+    found = {g.rule for g in reports[0].rewrites}
+    assert {"rms_norm", "layer_norm"} & found
+    assert name == "mamba2" or {"sdpa_attention", "eager_attention"} & found
+    assert not reports[0].reverted
+
+
+def test_a_second_instance_and_new_weights_are_used_not_the_first() -> None:
+    """Dynamo reuses the compiled graph: weights baked into it would be silently wrong."""
+    model, inputs = zoo.build("llama")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    expected = [m(**inputs).logits.detach().clone() for m in (model, other)]
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    reports: list[Any] = []
+    with torch.no_grad():
+        for _ in range(2):
+            for m, logits in zip((model, other), expected, strict=True):
+                assert (_compiled(m, reports)(**inputs).logits - logits).abs().max() < 1e-5
+        compiled = _compiled(model, reports)
+        model.load_state_dict(other.state_dict())
+        assert (compiled(**inputs).logits - expected[1]).abs().max() < 1e-5
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+            other.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+        assert (compiled(**inputs).logits - other(**inputs).logits).abs().max() < 1e-5
+        model.model.layers[1].mlp.up_proj.weight.data = torch.zeros_like(model.model.layers[1].mlp.up_proj.weight)
+        other.model.layers[1].mlp.up_proj.weight.data.zero_()
+        assert (compiled(**inputs).logits - other(**inputs).logits).abs().max() < 1e-5
+
+
+def test_an_unknown_option_names_the_closest() -> None:
+    model, inputs = zoo.build("llama")
+    compiled = torch.compile(model, backend=backend, options={"pases": {}})
+    with pytest.raises(Exception, match="did you mean 'passes'"):
+        compiled(**inputs)
+
+
+def test_a_pass_can_be_switched_off() -> None:
+    model, inputs = zoo.build("llama")
+    reports: list[Any] = []
+    with torch.no_grad():
+        _compiled(model, reports, passes={"qkv": False})(**inputs)
+    assert "qkv" not in {g.rule for g in reports[0].rewrites}
+
+
+def test_gradients_of_an_input_go_to_the_original_with_a_warning() -> None:
+    model, inputs = zoo.build("llama")
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    reports: list[Any] = []
+    compiled = _compiled(model, reports)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(inputs_embeds=embeds, use_cache=False).logits.sum().backward()
+    assert embeds.grad is not None and float(embeds.grad.abs().sum()) > 0
+    assert any(issubclass(w.category, regraft.RegraftWarning) for w in caught)
+    assert reports[-1].calls["original"] == 1

@@ -1,0 +1,61 @@
+"""Masks replaced because samples agreed: the runtime asks for every new set of sizes, and keeps the mask where they differ."""
+
+from __future__ import annotations
+
+import torch
+import zoo
+from torch import nn
+
+import regraft
+from regraft.runtime.guarded import all_hold
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def test_a_mask_that_changes_beyond_the_sampled_sizes_is_kept_there() -> None:
+    """A window that no config names and no sample reaches: the guard sees it at the first length beyond it."""
+    model, _ = zoo.build("mistral")
+    model.config.sliding_window = 40
+    ids = torch.randint(3, 100, (2, 60))
+    with torch.no_grad():
+        expected = {n: _logits(model, ids[:, :n]) for n in (7, 60)}
+    optimized = regraft.optimize(model, example_inputs={"input_ids": ids[:, :9], "use_cache": False})
+    (served,) = optimized.forward.graphs
+    assert served.run.fast.program.guards, "the mask was not replaced"
+    for length, logits in expected.items():
+        assert (_logits(optimized, ids[:, :length]) - logits).abs().max() < 1e-5
+    assert optimized.report.calls == {"graph": 2, "original": 0}
+
+
+def test_a_guard_that_fails_switches_to_the_graph_with_masks() -> None:
+    model, _ = zoo.build("llama")
+    ids = torch.randint(3, 100, (2, 11))
+    with torch.no_grad():
+        expected = _logits(model, ids)
+    optimized = regraft.optimize(model, example_inputs={"input_ids": ids[:, :9], "use_cache": False})
+    (served,) = optimized.forward.graphs
+    asked: list[tuple[int, ...]] = []
+
+    def wrong(tensors: dict[str, torch.Tensor]) -> bool:
+        asked.append(tuple(tensors["input_ids"].shape))
+        return False
+
+    served.run.fast.program.guards[:] = [wrong]
+    for node in served.run.fast.program.graph.nodes:  # what the guard protects from: a causal attention made bidirectional
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "attention":
+            node.update_arg(9, -1)
+    served.run.fast.program.gm.recompile()
+    for _ in range(2):
+        assert (_logits(optimized, ids) - expected).abs().max() < 1e-5
+    assert asked == [(1, 11)], "asked once for these sizes, on one row"
+
+
+def test_guards_hold_at_sizes_that_were_never_sampled() -> None:
+    model, _ = zoo.build("gemma2")
+    optimized = regraft.optimize(model, example_inputs={"input_ids": torch.randint(3, 100, (2, 9)), "use_cache": False})
+    (served,) = optimized.forward.graphs
+    program = served.run.fast.program
+    assert len(program.guards) == 2, "one for the sliding layers, one for the full ones"
+    assert all_hold(program, {"input_ids": torch.randint(3, 100, (5, 97))})
