@@ -63,7 +63,7 @@ def _datasheet(
 DEVICES: Final[tuple[Device, ...]] = (
     Device(
         "NVIDIA H200",
-        _rates(790 * TERA, 53 * TERA, 53 * TERA, 1400 * TERA),
+        _rates(790 * TERA, 51 * TERA, 60 * TERA, 1460 * TERA),
         4.3 * TERA,
         2.0,
         227 * 1024,

@@ -62,6 +62,7 @@ class Evaluator:
     def __init__(
         self, program: Program, weights: Callable[[Input], torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> None:
+        self._program = program
         self._meaning = program.placeholder_inputs()
         self._weights = weights
         self._inputs = inputs
@@ -93,6 +94,8 @@ class Evaluator:
     @torch.no_grad()
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
+            if node not in self._meaning:  # packed after the evaluator was made
+                self._meaning = self._program.placeholder_inputs()
             meaning = self._meaning[node]
             return self._inputs[meaning.target] if meaning.kind is InputKind.USER else self._weights(meaning)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._values.__getitem__)

@@ -125,7 +125,7 @@ def _prepare(name: str, model: nn.Module) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(copy.deepcopy(model), mode=mode, dynamic=False)
         return compiled
     if name == "regraft":
-        optimized: nn.Module = optimize(copy.deepcopy(model), verbose=False)
+        optimized: nn.Module = optimize(copy.deepcopy(model), verbose=False, on_error="raise")
         return optimized.forward
     raise ValueError(f"unknown candidate {name!r}; known: {', '.join(CANDIDATES)}")
 

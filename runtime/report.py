@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any, Final
@@ -237,8 +238,9 @@ def nodes_of(entry: SignatureRecord) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Of what decides a result."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("regraft", "triton", "transformers"):
+    package = sys.modules[__name__.removesuffix(".runtime.report")]  # also where it runs from a folder, not installed
+    found = {"regraft": str(package.__version__), "torch": str(torch.__version__)}
+    for name in ("triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

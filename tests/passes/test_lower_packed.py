@@ -1,0 +1,30 @@
+"""Kernels are compared with their references also where they read weights that were packed just before."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from runtime_models import tiny_llama
+
+import regraft
+from regraft.kernels.linear_act import gate_up
+from regraft.kernels.op import Kernel
+from regraft.passes import lower
+
+
+def test_a_kernel_that_reads_a_packed_weight_is_compared_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def run(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tuple(weight.shape))
+        return gate_up.reference(x, weight, *rest)
+
+    kernels = MappingProxyType({"gate_up": (Kernel(gate_up, "here", run, lambda signature: None),)})
+    monkeypatch.setattr(lower, "PROVIDERS", kernels)
+    model = regraft.optimize(tiny_llama(2), verbose=False, on_error="raise")
+    assert seen and set(seen) == {(2 * 112, 64)}
+    labels = {group.label: group.count for group in model.report.rewrites if group.rule == "lower"}
+    assert labels["gate_up -> here"] == 2
