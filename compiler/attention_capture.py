@@ -149,6 +149,7 @@ class AttentionCapture:
         if eager is None:
             return "its file has no eager_attention_forward to compare with"
         keywords = {name: _lively(value) for name, value in keywords.items()}
+        mask = mask.double() if mask is not None and mask.is_floating_point() else mask
         rows = _visible_rows(mask)
         sdpa_drops = ""
         for size in _SCORE_SIZES:

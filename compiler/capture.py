@@ -29,6 +29,7 @@ from .lifting import lift, limits_of
 from .outputs import Structure, caches, flatten
 from .positions import bound_lengths
 from .program import Note, Program
+from .quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def _export(
         call.batch, call.lengths = tuple(same_batch(tensors, dims)), tuple(same_length(values, dims))
         shapes = {n: [Dim.AUTO if d in dims[n] else Dim.STATIC for d in range(t.dim())] for n, t in tensors.items()}
         try:
-            exported = torch.export.export(call, (tensors,), dynamic_shapes=(shapes,), strict=False)
+            with quiet():
+                exported = torch.export.export(call, (tensors,), dynamic_shapes=(shapes,), strict=False)
             exported = functional(exported)
         except Exception as error:  # noqa: BLE001  (export raises whatever the traced code raises)
             refused = refused or error

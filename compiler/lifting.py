@@ -138,15 +138,26 @@ def limits_of(exported: ExportedProgram, module: fx.GraphModule, inputs: list[In
     for node, made in zip(placeholders, inputs, strict=True):
         if made.kind is InputKind.USER:
             value = node.meta["val"]
-            shape = tuple(s if isinstance(s, int) else str(s.node.expr) for s in value.shape)
+            shape = tuple(map(_size, value.shape))
             limits.tensors[made.target] = Guard(value.dtype, shape)
     for symbol, bounds in exported.range_constraints.items():
-        low, high = int(bounds.lower), bounds.upper
-        finite = isinstance(high, sympy.Integer | int) and int(high) < 2**62
-        limits.ranges[str(symbol)] = (1 if low <= 2 else low, int(high) if finite else None)
+        low, high = _finite(bounds.lower), _finite(bounds.upper)
+        limits.ranges[str(symbol)] = (1 if low is None or low <= 2 else low, high)
     for text in getattr(exported, "_guards_code", None) or []:
         limits.conditions.append((_readable(text), _compiled(text)))
     return limits
+
+
+def _finite(bound: Any) -> int | None:
+    return int(bound) if isinstance(bound, sympy.Integer | int) and abs(int(bound)) < 2**62 else None
+
+
+def _size(size: Any) -> int | str:
+    """A size, or the text of a symbol; export leaves a dimension that it fixed as a constant expression."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if isinstance(expression, sympy.Integer) else str(expression)
 
 
 def _readable(text: str) -> str:
