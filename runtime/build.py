@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from .errors import CompileError, ParityError, RegraftError, StrictError
 from .executable import Executable
 from .guarded import Guarded
 from .logs import tell
+from .nested import nest
 from .options import Options
 from .record import Record, SignatureRecord
 from .repair import Attempt, Compile, Site, repair
@@ -158,11 +160,12 @@ class Builder:
 
     def _build(self, call: Call, entry: SignatureRecord) -> Served:
         with timed(entry.seconds, "capture"):
-            forward = self._unbound if self._overridden else None
+            unbound = self._unbound if self._overridden else type(self.module).forward
+            forward = nest(unbound, call.shapes) if self._overridden or call.shapes else None
             program = self._stages.capture(self.module, call, forward)
         entry.notes += program.notes
 
-        certifier = Certifier(self.module, self._original, program, call.given, self.weights.value)
+        certifier = Certifier(self.module, nest(self._original, call.shapes), program, call.given, self.weights.value)
         attempt = self._attempts(program, entry, certifier)
         tried = attempt(self.options.verify, frozenset(), True)
         if not tried.certificate.passed:
@@ -186,7 +189,11 @@ class Builder:
             raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
         self._pack(tried.candidate, entry)
         kinds = caches.kinds_of_output(tried.candidate(program.example)) if call.cache else None
-        return Served(tried.candidate, self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)), kinds)
+        return Served(
+            tried.candidate,
+            self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)),
+            kinds,
+        )
 
     def _guarded(self, executable: Executable, program: Program, deny: frozenset[Site] = frozenset()) -> Guarded:
         def keeping_masks() -> Executable:
@@ -261,8 +268,15 @@ class Builder:
             self.weights.keep([*(r for s in self.served for r in s.run.recipes), *executable.recipes])
             executable.prepare()
 
-    def _unbound(self, module: nn.Module, **kwargs: Any) -> Any:
-        return self._original(**kwargs)
+    @property
+    def _unbound(self) -> Callable[..., Any]:
+        """An overridden forward as a function of the module too, which is how captured functions are called."""
+
+        def unbound(module: nn.Module, **kwargs: Any) -> Any:
+            return self._original(**kwargs)
+
+        unbound.__signature__ = inspect.signature(self._original)  # type: ignore[attr-defined]
+        return unbound
 
 
 @contextmanager

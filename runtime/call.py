@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .caches import is_empty
+from .nested import Shape, Unflattenable, flatten
 
 Key = tuple[tuple[Any, ...], ...]
-"""`(name, dtype, rank, device)` for each tensor in the order of the signature, then `(name, value)` for the rest."""
+"""`(name, dtype, rank, device)` for each tensor, `(name, type, value)` for static values, then shapes of containers."""
 
 CONFIG_DEFAULTS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 """Arguments whose default a HuggingFace model takes from its config, which the user may change between calls."""
@@ -36,6 +38,8 @@ class Call:
     """The argument no graph can serve, with the reason."""
     past: Any = None
     """An empty cache the caller wants filled."""
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    """How arguments that hold several tensors are put together from `tensors`."""
 
     @property
     def static(self) -> dict[str, Any]:
@@ -70,7 +74,7 @@ class Signature:
             if name in bound or (name not in self._order and not self.keywords):
                 return None
             bound[name] = value
-        return {name: value for name, value in bound.items() if value is not None}
+        return {n: v for n, v in bound.items() if v is not None or self._defaults.get(n) is not None}
 
     def take_apart(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The call as tensors, static values and key. Never raises: what cannot be served is named in `unserved`."""
@@ -83,14 +87,18 @@ class Signature:
             unserved = "past_key_values with content"
         tensors: dict[str, torch.Tensor] = {}
         static: dict[str, Any] = {}
+        shapes: dict[str, Shape] = {}
         for name in sorted(bound, key=lambda n: (self._order.get(n, len(self._order)), n)):
             value = bound[name]
             if type(value) in (torch.Tensor, nn.Parameter):
                 tensors[name] = value
-            elif isinstance(value, (bool, int, float, str)):
+            elif isinstance(value, (bool, int, float, str, NoneType)):
                 static[name] = value
             else:
-                unserved = unserved or f"{name} of type {type(value).__name__}"
+                try:
+                    shapes[name] = flatten(name, value, tensors)
+                except Unflattenable as error:
+                    unserved = unserved or f"{name} ({error})"
             if "label" in name:
                 unserved = unserved or name
         resolved = self._from_config(static)
@@ -104,8 +112,10 @@ class Signature:
         if torch.is_grad_enabled():
             wants = [n for n, t in tensors.items() if t.requires_grad]
             unserved = unserved or (f"{wants[0]} that requires grad" if wants else None)
-        key = tuple((n, t.dtype, t.ndim, t.device) for n, t in tensors.items()) + tuple(sorted(resolved.items()))
-        return Call(tensors, static, key, cache, unserved, past)
+        key: Key = tuple((n, t.dtype, t.ndim, t.device) for n, t in tensors.items())
+        key += tuple((n, type(v), v) for n, v in sorted(resolved.items()))
+        key += tuple(shapes.items())
+        return Call(tensors, static, key, cache, unserved, past, shapes)
 
     def _from_config(self, static: Mapping[str, Any]) -> dict[str, Any]:
         """`static` and, for what was left out, the values the model will take from its config."""

@@ -30,6 +30,8 @@ from .weights import Change, Weights
 
 MAX_SIGNATURES = 32
 """Graphs kept for one model; further signatures go to the original."""
+MAX_VARIANTS = 4
+"""Graphs kept for one signature where the model's code fixes sizes, each of which then needs a graph of its own."""
 
 
 class Dispatch:
@@ -154,6 +156,9 @@ class Dispatch:
             return Unserved(f"a signature beyond the {MAX_SIGNATURES} that are kept")
         known = self._table.get(call.key, [])
         assert isinstance(known, list)
+        if len(known) >= MAX_VARIANTS:
+            violation = known[0].violation(call.tensors)
+            return Unserved(f"sizes beyond the {MAX_VARIANTS} fixed ones that are kept ({violation})")
         self._local.inside = True
         try:
             served = bound.builder.build(call)

@@ -44,10 +44,11 @@ class Pipeline:
         keep_text: bool = False,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was."""
+        off = {name for name, node in deny if node == "*"} | (set() if kernels else {"lower"})
         settings = Settings(
             device=device,
             verify=verify,
-            enabled={name: options.passes.get(name, True) and (kernels or name != "lower") for name in PASS_NAMES},
+            enabled={name: options.passes.get(name, True) and name not in off for name in PASS_NAMES},
             rules=options.rules,
             deny=deny,
             weights=None if options.dry_run else weights,

@@ -282,3 +282,46 @@ def test_restore_gives_the_original_forward() -> None:
     assert all(torch.equal(tensor, reference[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="not optimized"):
         restore(model)
+
+
+def test_containers_of_tensors_are_served() -> None:
+    class Pair(torch.nn.Module):
+        def forward(self, both: tuple[torch.Tensor, torch.Tensor], more: dict, sizes: list) -> torch.Tensor:
+            return both[0] @ both[1] * more["scale"] + sizes[1]
+
+    def arguments(rows: int) -> dict:
+        return {
+            "both": (torch.randn(rows, 4), torch.randn(4, 3)),
+            "more": {"scale": torch.randn(3)},
+            "sizes": [1, 2],
+        }
+
+    module = optimized(Pair().eval(), example_inputs=arguments(5))
+    for rows in (5, 8):
+        given = arguments(rows)
+        torch.testing.assert_close(module(**given), module.forward.original(**given))
+    assert counted(module) == {"graph": 2, "original": 0}
+
+
+def test_an_encoder_runs_once_and_the_decoder_by_the_graph() -> None:
+    config = transformers.T5Config(
+        vocab_size=131, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    original = transformers.T5ForConditionalGeneration(config).eval()
+    model = optimized(copy.deepcopy(original))
+    settings = {"max_new_tokens": 3, "do_sample": False, "use_cache": False}
+    assert torch.equal(model.generate(tokens(), **settings), original.generate(tokens(), **settings))
+    assert counted(model)["original"] == 0
+
+
+def test_a_value_of_another_type_is_another_signature() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+            return x * by if isinstance(by, bool) else x / by
+
+    module = optimized(Scaled().eval(), example_inputs={"x": torch.randn(3, 2)})
+    x = torch.randn(4, 2)
+    for by in (True, 1, 4, 4.0, 2.0):
+        torch.testing.assert_close(module(x, by=by), module.forward.original(x, by=by))
