@@ -7,6 +7,7 @@ says whether its first two operands commute, and what role it plays.
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,6 +69,11 @@ _SPECS = (
     _spec("clamp", aten.clamp.default),
     _spec("clamp_max", aten.clamp_max.default),
     _spec("matmul", aten.matmul.default, aten.bmm.default, aten.mm.default),
+    _spec("maximum", aten.maximum.default),
+    _spec("amax", aten.amax.default),
+    _spec("max_dim", aten.max.dim),
+    _spec("nan_to_num", aten.nan_to_num.default),
+    _spec("getitem", operator.getitem),
     _spec("baddbmm", aten.baddbmm.default),
     _spec("addmm", aten.addmm.default),
     _spec("linear", aten.linear.default),
@@ -107,6 +113,7 @@ BY_TARGET: Mapping[Any, OpSpec] = {target: spec for spec in _SPECS for target in
 
 CASTS = OPS["cast"].targets
 RESHAPES = OPS["reshape"].targets
+VIEWS = frozenset(target for spec in _SPECS if spec.role is Role.VIEW for target in spec.targets)
 
 
 def spec_of(name: str) -> OpSpec:

@@ -77,6 +77,9 @@ class Param(P):
 class Builder:
     """`p`: every operator of the opset and of `torch.ops.regraft` is an attribute; calls make pattern values."""
 
+    def __init__(self) -> None:
+        self._variables: dict[str, Var] = {}
+
     def __getattr__(self, name: str) -> Callable[..., Op]:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -98,6 +101,10 @@ class Builder:
     def opt(self, op: str, x: Any, *args: Any, tag: str | None = None) -> AnyOf:
         """`op(x, *args)`, or `x` alone."""
         return AnyOf((Op(spec_of(op), (x, *args), {}, where=_caller()), x), tag, where=_caller())
+
+    def var(self, name: str) -> Var:
+        """A further variable, for patterns that are built in a loop; the same name is the same variable."""
+        return self._variables.setdefault(name, Var(name, where=_caller()))
 
     def view(self, x: Any, tag: str) -> Op:
         """`x` behind one reshape of any sizes; the sizes bind under `tag`, for `check` to inspect."""
@@ -122,13 +129,14 @@ class Pattern:
     roots: frozenset[Any]
     """Targets an anchor node can have."""
     size: int
-    """Number of operators and variables in the pattern's longest form: the scale for near-misses."""
+    """Number of operators and variables in the pattern's shortest form: the scale for near-misses."""
 
 
 def trace(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function once, with a builder and one variable for each further parameter."""
     names = list(inspect.signature(function).parameters)[1:]
-    result = function(Builder(), *[Var(n) for n in names])
+    builder = Builder()
+    result = function(builder, *[builder.var(n) for n in names])
     outputs = result if isinstance(result, tuple) else (result,)
     for output in outputs:
         if not isinstance(output, P) or isinstance(output, Var):
@@ -160,22 +168,25 @@ def children(value: Any) -> Iterator[Any]:
 
 
 def _parts(outputs: tuple[P, ...]) -> Iterator[P]:
-    """Distinct operators and variables reachable, the longest alternative of each choice only."""
+    """Distinct operators and variables reachable, the shortest alternative of each choice only."""
     seen: set[int] = set()
+
+    weights: dict[int, int] = {}
 
     def weight(value: Any) -> int:
         if not isinstance(value, P):
             return 0
-        if isinstance(value, AnyOf):
-            return max(weight(a) for a in value.alternatives)
-        return (not isinstance(value, Cast)) + sum(weight(c) for c in children(value))
+        if id(value) not in weights:
+            below = [weight(c) for c in children(value)]
+            weights[id(value)] = min(below) if isinstance(value, AnyOf) else (not isinstance(value, Cast)) + sum(below)
+        return weights[id(value)]
 
     def walk(value: Any) -> Iterator[P]:
         if not isinstance(value, P) or id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, AnyOf):
-            yield from walk(max(value.alternatives, key=weight))
+            yield from walk(min(value.alternatives, key=weight))
             return
         if isinstance(value, Op | Var):
             yield value

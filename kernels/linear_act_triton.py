@@ -19,7 +19,7 @@ from .tuning import Config, choose
 
 
 @triton.jit
-def _add(total, lost, part):
+def add_compensated(total, lost, part):
     """`total + part` and the rounding error to take off the next time (Kahan).
 
     An fp32 dot is one chain of multiply-adds; chained over all of K it would round more often than cuBLAS does.
@@ -79,13 +79,13 @@ def _linear_kernel(
         x = tl.load(x_ptrs, mask=row_inside & k_inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs, mask=col_inside & k_inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         if COMPENSATED:
-            acc, lost = _add(acc, lost, tl.dot(x, w, input_precision="ieee"))
+            acc, lost = add_compensated(acc, lost, tl.dot(x, w, input_precision="ieee"))
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
         if GATED:
             up = tl.load(w_ptrs + up_offset, mask=col_inside & k_inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
             if COMPENSATED:
-                up_acc, up_lost = _add(up_acc, up_lost, tl.dot(x, up, input_precision="ieee"))
+                up_acc, up_lost = add_compensated(up_acc, up_lost, tl.dot(x, up, input_precision="ieee"))
             else:
                 up_acc = tl.dot(x, up, up_acc, input_precision="ieee")
         x_ptrs += BLOCK_K * stride_xk

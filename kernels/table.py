@@ -15,6 +15,7 @@ from .attention import attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
 from .moe import moe_experts
+from .norm_linear import norm_linear
 from .op import Kernel, Op, Signature
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -34,6 +35,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             glu,
             linear_act,
             gate_up,
+            norm_linear,
             moe_experts,
         )
     }
@@ -56,6 +58,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             attention_triton,
             layer_norm_triton,
             linear_act_triton,
+            norm_linear_triton,
             rms_norm_triton,
             rope_triton,
         )
@@ -67,6 +70,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             attention_triton,
             activation_triton,
             linear_act_triton,
+            norm_linear_triton,
         ):
             for kernel in module.KERNELS:
                 found[kernel.op.name].append(kernel)

@@ -13,6 +13,7 @@ from . import (
     add_norm,
     attention,
     canonicalize,
+    eager_attention,
     gate_up,
     glu,
     layer_norm,
@@ -20,6 +21,7 @@ from . import (
     linear_act,
     lower,
     masks,
+    norm_linear,
     norm_rope,
     pack,
     qkv,
@@ -41,7 +43,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("rope", Stage.RAISE, rope.RULES),
     Pass("activation", Stage.RAISE, activation.RULES),
     Pass("glu", Stage.RAISE, glu.RULES),
-    Pass("attention", Stage.RAISE, attention.RULES),
+    Pass("attention", Stage.RAISE, (attention.SDPA(), *eager_attention.RULES, attention.RepeatKV())),
     Pass("masks", Stage.RAISE, run=masks.masks),
     Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),
     # semantic ops -> fused ops; candidates of all of them compete
@@ -50,6 +52,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("linear_act", Stage.FUSE, linear_act.RULES),
     Pass("add_norm", Stage.FUSE, add_norm.RULES),
     Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
+    Pass("norm_linear", Stage.FUSE, norm_linear.RULES),
     Pass("centered_norm", Stage.FUSE, _of(Stage.FUSE, layer_norm)),
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),

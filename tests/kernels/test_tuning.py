@@ -67,6 +67,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "activation": {"N": 64},
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
+        "norm_linear": {"M": 1, "N": 1, "K": 1},
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
     assert set(entries) == set(features) if file == "default" else set(entries) <= set(features)
