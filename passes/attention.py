@@ -26,7 +26,8 @@ aten = torch.ops.aten
 def split_mask(g: Emitter, mask: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
     """A mask as it is added to scores, taken apart: which keys are visible (bool), and what is added there (float).
 
-    `where(visible, bias, lowest)` and `masked_fill(bias, hidden, lowest)` hold both; one number for all keys is no bias.
+    `where(visible, bias, lowest)` and `masked_fill(bias, hidden, lowest)` hold both; one number for all keys is no
+    bias.
     """
     if mask is None:
         return None, None

@@ -3,8 +3,8 @@
     matmul(softmax(matmul(q, k.T) * s + bias, masked), v)    ->    attention(q, k, v, mask, bias, scale=s)
 
 Between the first product and the softmax stands a chain of steps. The pattern takes up to `DEPTH` of them in any order:
-scaling, softcap, addition of a bias, three spellings of masking, folding of batch and heads, subtraction of the maximum;
-`scores_of` reads off what they come to. Sinks are a column of logits that is joined to the scores and cut off again.
+scaling, softcap, addition of a bias, three spellings of masking, folding of batch and heads, subtraction of the
+maximum; `scores_of` reads off what they come to. Sinks are a column of logits that is joined to the scores and cut off again.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def _stepped(scores: Scores, form: int, i: int, rank: int, m: Match) -> Scores |
         if scores.biases or scores.masks or scores.softcap:
             return Reject("the softcap comes behind a bias or mask", m.anchor)
         cap = m.bindings[f"cap_{i}"]
-        return replace(scores, softcap=float(cap)) if isinstance(cap, int | float) else Reject("the cap is no number", cap)
+        return (
+            replace(scores, softcap=float(cap)) if isinstance(cap, int | float) else Reject("the cap is no number", cap)
+        )
     if form == ADD:
         added = m.bindings[f"added_{i}"]
         if not isinstance(m.val(added), torch.Tensor):
@@ -269,7 +271,7 @@ def sinks_of(node: Any, heads: int) -> fx.Node | None:
         shape = node.meta["val"].shape
         if tuple(shape) == (heads,):
             return node
-        if len(shape) == 4 and shape[1] not in (1, heads) or node.target not in VIEWS:
+        if (len(shape) == 4 and shape[1] not in (1, heads)) or node.target not in VIEWS:
             return None
         node = node.args[0]
     return None
@@ -277,7 +279,9 @@ def sinks_of(node: Any, heads: int) -> fx.Node | None:
 
 def in_four(g: Emitter, node: fx.Node, rank: int, operands: Operands) -> fx.Node:
     """A tensor that broadcasts against scores of that rank, so that it broadcasts against `[batch, heads, Q, K]`."""
-    value = node.meta["val"] if "val" in node.meta else node.args[0].meta["val"]  # emitted here: elementwise on that
+    known = node if "val" in node.meta else node.args[0]  # emitted here: elementwise on that
+    assert isinstance(known, fx.Node)
+    value = known.meta["val"]
     if rank == 4 or value.dim() < 3 or (isinstance(value.shape[0], int) and value.shape[0] == 1):
         return node
     if operands.folded:

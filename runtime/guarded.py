@@ -51,7 +51,10 @@ class Guarded:
                 self._holds.clear()
             holds = self._holds[sizes] = all_hold(self.fast.program, tensors)
             if not holds:
-                log.warning("a mask is not what it was inferred to be at sizes %s; a graph that keeps its masks serves them", sizes)
+                log.warning(
+                    "a mask is not what it was inferred to be at sizes %s; a graph that keeps its masks serves them",
+                    sizes,
+                )
         return self.fast(tensors) if holds else self._with_masks()(tensors)
 
     def _with_masks(self) -> Executable:

@@ -79,7 +79,14 @@ class Identity:
         self.captured.append(call)
         if not isinstance(module, transformers.PreTrainedModel) or forward is not None:
             return capture(module, call.tensors, call.static, cache=call.cache, forward=forward)
-        form = (type(module), repr(module), len(list(module.parameters())), module.config.to_json_string(), module.dtype, call.key)
+        form = (
+            type(module),
+            repr(module),
+            len(list(module.parameters())),
+            module.config.to_json_string(),
+            module.dtype,
+            call.key,
+        )
         if form not in _programs:
             _programs[form] = capture(module, call.tensors, call.static, cache=call.cache)
         return _programs[form]
