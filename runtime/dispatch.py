@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from ..compiler.errors import CaptureError
+from ..compiler.program import Note
 from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .checks import check_inputs
-from .errors import InputError, RegraftError, RegraftWarning, StrictError
+from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
 from .options import Options
+from .parts import parts_of
 from .record import Record
 from .report import Report
 from .weights import Change, Weights
@@ -40,8 +42,13 @@ class Dispatch:
     Calls may come from several threads: captures and repacking hold a lock, running a graph does not.
     """
 
-    def __init__(self, module: nn.Module, options: Options, stages: Stages, record: Record) -> None:
+    def __init__(
+        self, module: nn.Module, options: Options, stages: Stages, record: Record, whole: Dispatch | None = None
+    ) -> None:
         self.module, self.options, self.stages, self.record = module, options, stages, record
+        self.whole = whole
+        """For a part of a model that could not be captured whole: the dispatch of that model."""
+        self.parts: list[Dispatch] = []
         self.overridden: Callable[..., Any] | None = module.__dict__.get("forward")
         self._begin()
 
@@ -92,17 +99,20 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or getattr(self._local, "inside", False):
             return self.original(*args, **kwargs)
+        if self.whole is not None and not self.whole.lets_parts_serve:
+            return self.original(*args, **kwargs)
         bound = self.bound
         reason = self._unservable(bound)
         if reason is not None:
             return self._by_original(reason, args, kwargs)
         call = bound.signature.take_apart(args, kwargs)
-        check_inputs(call.tensors, call.past)
+        if self.whole is None:  # what a model hands to its parts is its own affair
+            check_inputs(call.tensors, call.past)
         if call.unserved is not None:
             return self._by_original(call.unserved, args, kwargs)
         served = self._find(bound, call)
         if isinstance(served, Unserved):
-            return self._by_original(served.reason, args, kwargs)
+            return self._by_original(served.reason, args, kwargs, by_parts=bool(self.parts))
         if call.past is not None and not served.fits(call.past):
             return self._by_original("a past_key_values of another kind than the model makes", args, kwargs)
         output = served.run(call.tensors)
@@ -168,11 +178,31 @@ class Dispatch:
             unserved = Unserved(f"arguments that could not be captured ({error})")
             if not known:
                 self._table[call.key] = unserved
+            if isinstance(error, CaptureError) and not self.graphs and not self.parts:
+                self._take_parts()
             return unserved
         finally:
             self._local.inside = False
         self._table[call.key] = [*known, served]
         return served
+
+    def _take_parts(self) -> None:
+        """Give each part of the model a dispatch of its own; nothing is captured before it is called."""
+        for name, part in parts_of(self.module):
+            record = Record(f"{self.record.model}.{name}", device=self.record.device, dtype=self.record.dtype)
+            dispatch = Dispatch(part, self.options, self.stages, record, whole=self)
+            part.forward = dispatch
+            self.parts.append(dispatch)
+        if self.parts:
+            names = [p.record.model.partition(".")[2] for p in self.parts]
+            told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            self.record.notes.append(Note("", f"captured in parts, since it could not be captured whole: {told}"))
+            self.bound.weights.refresh()
+
+    @property
+    def lets_parts_serve(self) -> bool:
+        """Whether the original runs in this thread only because no graph of the whole could be captured."""
+        return bool(getattr(self._local, "by_parts", False)) and not getattr(self._local, "inside", False)
 
     def _follow(self, bound: _Bound) -> None:
         """The weights are others than they were: make the packed ones again, or start anew."""
@@ -184,18 +214,25 @@ class Dispatch:
                 self._table.clear()
                 bound.start_anew()
 
-    def _by_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _by_original(
+        self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_parts: bool = False
+    ) -> Any:
         text = f"{type(self.module).__name__}: a call with {reason} is served by the original forward"
-        if self.options.strict and not self.module.training:
-            raise StrictError(f"{text}; strict=True forbids that")
         with self._count_lock:
             first = reason not in self._said
             self._said.add(reason)
             self.record.calls["original"] += 1
             self.record.fallbacks[reason] = self.record.fallbacks.get(reason, 0) + 1
-        if first:
+        if first and self.whole is None:
             warnings.warn(text, RegraftWarning, stacklevel=5)
-        return self.original(*args, **kwargs)
+        if not by_parts:
+            return self.original(*args, **kwargs)
+        self._local.by_parts = True
+        try:
+            with torch.no_grad():
+                return self.original(*args, **kwargs)
+        finally:
+            self._local.by_parts = False
 
     def __repr__(self) -> str:
         return f"<regraft forward of {type(self.module).__name__}, {len(self.graphs)} graphs>"
@@ -203,6 +240,13 @@ class Dispatch:
     def release(self) -> None:
         """Undo what was done to the weights; nothing stays served."""
         with self._lock:
+            for part in self.parts:
+                part.release()
+                if part.overridden is not None:
+                    part.module.forward = part.overridden
+                else:
+                    part.module.__dict__.pop("forward", None)
+            self.parts = []
             if self._bound is not None:
                 self._bound.weights.restore()
             self._bound = None
@@ -211,7 +255,8 @@ class Dispatch:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("module", "options", "stages", "record", "overridden")}
+        names = ("module", "options", "stages", "record", "whole", "parts", "overridden")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or loaded model captures anew when it is first called."""

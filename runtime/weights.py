@@ -120,6 +120,10 @@ class Weights:
             return True
         return not all(map(is_, (d.get("forward") for d in self._instances), self._overrides))
 
+    def refresh(self) -> None:
+        """What has changed of the modules since the last look is known to be of no consequence."""
+        self._look()
+
     def look_again(self) -> None:
         """After `Change.FORM`: forget what was packed and start from what is there now."""
         self.restore()
