@@ -71,7 +71,7 @@ def _choose(
     for kernel in PROVIDERS.get(op.name, ()):
         reason = kernel.supports(signature)
         if reason is not None:
-            if context.settings.device.type != "cpu":
+            if context.settings.device.type == "cuda":
                 refusals[op.name, kernel.provider, reason] += 1
                 places.setdefault((op.name, kernel.provider, reason), node)
             continue

@@ -42,6 +42,8 @@ def make_examples(module: nn.Module, forward: Callable[..., Any]) -> dict[str, t
         tokens = _tokens(config, generator, TARGET_LENGTH)
         if tokens is not None:
             made["decoder_input_ids"] = tokens
+    if device.type == "meta":  # the values say which argument is a mask of which; capture takes their shapes from there
+        device = torch.device("cpu")
     return {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in made.items()}
 
 
