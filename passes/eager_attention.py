@@ -4,7 +4,8 @@
 
 Between the first product and the softmax stands a chain of steps. The pattern takes up to `DEPTH` of them in any order:
 scaling, softcap, addition of a bias, three spellings of masking, folding of batch and heads, subtraction of the
-maximum; `scores_of` reads off what they come to. Sinks are a column of logits that is joined to the scores and cut off again.
+maximum; `scores_of` reads off what they come to. Sinks are a column of logits that is joined to the scores and cut off
+again.
 """
 
 from __future__ import annotations
