@@ -97,9 +97,22 @@ def optimize(
         **unknown,
     )
     if os.environ.get("REGRAFT_DISABLE", "0") not in ("", "0"):
-        log.warning("REGRAFT_DISABLE is set: %s is left as it is", type(model).__name__)
-        return model
+        return leave(model, options)
     return install(model, options, Pipeline())
+
+
+def leave(model: M, options: Options) -> Any:
+    """What `optimize` does under `REGRAFT_DISABLE=1`: a report that says so, and nothing else."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize(model): model is {type(model).__name__}, not a torch.nn.Module")
+    record = new_record(model, options)
+    record.notes.append(Note("", "REGRAFT_DISABLE is set: the model is left as it is"))
+    log.warning("REGRAFT_DISABLE is set: %s is left as it is", type(model).__name__)
+    if options.dry_run:
+        return Report(record)
+    if not hasattr(model, "report"):
+        model.__dict__["report"] = Report(record)
+    return model
 
 
 def install(model: M, options: Options, stages: Stages) -> Any:
@@ -204,13 +217,16 @@ def restore(model: M) -> M:
         ValueError: the model is not optimized.
     """
     dispatch = model.__dict__.get("forward") if isinstance(model, nn.Module) else None
+    report = model.__dict__.get("report") if isinstance(model, nn.Module) else None
+    if isinstance(report, Report):
+        del model.__dict__["report"]
     if not isinstance(dispatch, Dispatch):
+        if isinstance(report, Report):
+            return model  # left as it was under REGRAFT_DISABLE
         raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
     if dispatch.overridden is not None:
         model.forward = dispatch.overridden
     else:
         del model.__dict__["forward"]
-    if isinstance(model.__dict__.get("report"), Report):
-        del model.__dict__["report"]
     dispatch.release()
     return model
