@@ -21,6 +21,9 @@ from .oracle import run_oracle, run_reference
 
 log = logging.getLogger("regraft.certificate")
 
+FEW = 256
+"""Elements below which the mean error of an output says nothing."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -150,13 +153,14 @@ class Judge:
             new, old, best = (truth.case.real(name, t) for t in (graph, original, oracle))
             error, error_original = distance(new, best), distance(old, best)
             bound = bound_for(error_original, best, self.dtype)
-            passed = error <= bound
+            few = new.numel() < FEW  # a mean over a handful of numbers is luck; their largest has ulps of slack
+            passed = error.largest <= bound.largest if few else error <= bound
             if name == "logits" and original.ndim >= 2 and original.shape[-1] > 1 and new.numel():
                 kl, greedy = _next_token(new, old)
             result = Measured(
                 truth.case.name, name, error.largest, error.rms, error_original.largest, bound.largest, passed
             )
-            share = _share(error, bound)
+            share = _share(error, bound if not few else Distance(bound.largest, bound.largest))
             if worst is None or share > worst[0]:
                 worst = (share, result)
         if worst is None:
