@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
@@ -199,7 +200,7 @@ def propagate(nodes: Sequence[fx.Node], known: FakeValues) -> None:
         if mode is None:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
-            with mode, torch.no_grad():
+            with mode, enable_python_dispatcher(), torch.no_grad():  # C++ decompositions ask for concrete sizes
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         known[key] = node.meta["val"]
 
