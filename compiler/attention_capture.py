@@ -23,24 +23,23 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 _SCORE_SIZES = (1.0, 40.0)
 """Standard deviations of the scores under which the op is compared: typical ones, and ones that reach a softcap."""
+_LONGEST = 48
+"""Rows and keys of the comparison."""
 _TOLERANCE = 1e-4
 """The comparison runs in fp64, but many models do the softmax in fp32 whatever they are given; a keyword that was
 dropped changes the result by far more."""
 
 
-def op_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **keywords: Any) -> Tensor:
+def op_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **keywords: Any) -> Tensor:
     """The arguments of an attention function of transformers, given to `regraft::attention`.
 
-    q `[B, H, Q, D]`, k and v `[B, Hkv, K, D]`; a boolean mask is visibility, a float one is added to the scores.
-    Without a mask, the module's own causality holds, as in transformers' sdpa. Returns `[B, Q, H, Dv]`.
+    q `[B, H, Q, D]`, k and v `[B, Hkv, K, D]`; a boolean mask is visibility, a float one is added to the scores;
+    `causal` where there is no mask and the call means one. Returns `[B, Q, H, Dv]`.
     """
     bias = keywords.get("position_bias")
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
         mask = None
-        causal = False
-    else:
-        causal = mask is None and is_causal(module, keywords)
     scale = keywords.get("scaling")
     softcap = keywords.get("softcap")
     return torch.ops.regraft.attention(
@@ -62,6 +61,11 @@ def is_causal(module: nn.Module, keywords: dict[str, Any]) -> bool:
     """Whether a call without a mask is causal: the keyword, else the module's attribute, else yes."""
     given = keywords.get("is_causal")
     return bool(given if given is not None else getattr(module, "is_causal", True))
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """`[1, 1, Q, K]` bool: what `is_causal` of torch's sdpa means."""
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
 
 
 def eager_of(module: nn.Module) -> Attend | None:
@@ -112,12 +116,19 @@ class AttentionCapture:
                 self.notes.append(Note(self.names.get(module, ""), f"attention left as it was: {reason}"))
         if module in self.alone:
             return self._own(module, q, k, v, attention_mask, keywords)
-        return op_attention(module, q, k, v, attention_mask, **keywords), None
+        causal = self._causal(module, attention_mask, keywords)
+        return op_attention(q, k, v, attention_mask, causal, **keywords), None
+
+    def _causal(self, module: nn.Module, mask: Tensor | None, keywords: dict[str, Any]) -> bool:
+        """A call without a mask sees everything in eager attention, and is causal in the others if the module is."""
+        return mask is None and self.loaded_with(module) not in (None, "eager") and is_causal(module, keywords)
 
     def _own(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keywords: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         eager = eager_of(module)
+        if self._causal(module, mask, keywords):
+            mask = causal_mask(q, k)
         if eager is None:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -148,9 +159,12 @@ class AttentionCapture:
         eager = eager_of(module)
         if eager is None:
             return "its file has no eager_attention_forward to compare with"
+        q, k, v, mask, keywords = _cropped(q, k, v, mask, keywords)
         keywords = {name: _lively(value) for name, value in keywords.items()}
         mask = mask.double() if mask is not None and mask.is_floating_point() else mask
-        rows = _visible_rows(mask)
+        causal = self._causal(module, mask, keywords)
+        shown = causal_mask(q, k) if causal else mask
+        rows = _visible_rows(shown)
         sdpa_drops = ""
         for size in _SCORE_SIZES:
             generator = torch.Generator(device="cpu").manual_seed(0)
@@ -162,11 +176,11 @@ class AttentionCapture:
                 for t, s in ((q, spread), (k, spread), (v, 1.0))
             )
             try:
-                wanted = eager(module, qs, ks, vs, additive(mask, torch.float64), **keywords)[0].double()
+                wanted = eager(module, qs, ks, vs, additive(shown, torch.float64), **keywords)[0].double()
             except (RuntimeError, TypeError, AttributeError, IndexError) as error:
                 return f"its eager attention cannot be run apart ({first_lines(error, 120)})"
             try:
-                found = op_attention(module, qs, ks, vs, mask, **keywords)
+                found = op_attention(qs, ks, vs, mask, causal, **keywords)
             except (RuntimeError, TypeError, ValueError) as error:
                 return f"regraft::attention refuses its arguments ({first_lines(error, 120)})"
             if found.shape != wanted.shape:
@@ -208,9 +222,9 @@ def _sdpa_difference(
 
 def _difference(found: Tensor, wanted: Tensor, rows: Tensor | None) -> float:
     """Largest difference on rows that see a key, relative to the largest wanted value; both `[B, Q, H, D]`."""
+    if rows is not None:  # a row that sees nothing may be anything, not a number among others
+        found, wanted = (torch.where(rows.transpose(1, 2), t, torch.zeros_like(t)) for t in (found, wanted))
     gap = (found - wanted).abs()
-    if rows is not None:
-        gap = torch.where(rows.transpose(1, 2), gap, torch.zeros_like(gap))
     worst = (gap.max() / wanted.abs().max().clamp_min(1e-30)).item()
     return float("inf") if worst != worst else worst
 
@@ -220,6 +234,28 @@ def _visible_rows(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4:
         return None
     return mask.any(-1, keepdim=True)
+
+
+def _cropped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keywords: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """The last rows and keys of a long call: the check needs no more, and in fp64 it would need much memory."""
+
+    def crop(t: Tensor) -> Tensor:
+        if t.dim() != 4:
+            return t
+        queries = slice(-_LONGEST, None) if t.shape[2] == length else slice(None)
+        keys = slice(-_LONGEST, None) if t.shape[3] == length else slice(None)
+        return t[:, :, queries, keys]
+
+    length = q.shape[2]
+    if length <= _LONGEST or k.shape[2] != length:
+        return q, k, v, mask, keywords
+    bias = keywords.get("position_bias")
+    if isinstance(bias, Tensor):
+        keywords = {**keywords, "position_bias": crop(bias)}
+    q, k, v = (t[:2, :, -_LONGEST:] for t in (q, k, v))
+    return q, k, v, None if mask is None else crop(mask)[:2], keywords
 
 
 def _lively(value: Any) -> Any:

@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
-_NO_DIMENSION_HELPS = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
-"""Errors about values of tensors: making fewer dimensions dynamic does not cure them."""
+_ABOUT_VALUES = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
+"""Errors about values of tensors. Fewer dynamic dimensions do not cure them, none at all may: a size that the model
+turned into a tensor is a number then."""
 
 
 def capture(
@@ -150,6 +151,8 @@ def _export(
     """With the most dynamic dimensions that export takes; `values` are the tensors before they went to meta."""
     refused: Exception | None = None
     for dims in proposals(tensors):
+        if refused is not None and any(dims.values()) and any(name in _chain(refused) for name in _ABOUT_VALUES):
+            continue
         call.batch, call.lengths = tuple(same_batch(tensors, dims)), tuple(same_length(values, dims))
         shapes = {n: [Dim.AUTO if d in dims[n] else Dim.STATIC for d in range(t.dim())] for n, t in tensors.items()}
         try:
@@ -158,8 +161,6 @@ def _export(
             exported = functional(exported)
         except Exception as error:  # noqa: BLE001  (export raises whatever the traced code raises)
             refused = refused or error
-            if any(name in _chain(error) for name in _NO_DIMENSION_HELPS):
-                break
             log.debug("export with dynamic %s failed: %s", dims, error)
             continue
         return exported, _fixed(exported, dims, refused, files)

@@ -42,7 +42,14 @@ class Capturing:
 
     @property
     def notes(self) -> list[Note]:
-        return self.attention.notes + self.experts.notes
+        """What was found, the same of many layers once: the first one's name, and how many."""
+        modules: dict[str, list[str]] = {}
+        for note in self.attention.notes + self.experts.notes:
+            modules.setdefault(note.message, []).append(note.module)
+        return [
+            Note(names[0], message if len(names) == 1 else f"{message} (and {len(names) - 1} more alike)")
+            for message, names in modules.items()
+        ]
 
     @contextmanager
     def check(self) -> Iterator[None]:

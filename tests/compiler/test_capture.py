@@ -333,3 +333,31 @@ def test_encoder_outputs_of_another_length_than_the_decoder() -> None:
     program = capture(model, with_mask(inputs), {}, cache=True)
     these = {**resized(with_mask(inputs), 3, 14, "left"), "decoder_input_ids": torch.randint(3, zoo.VOCAB, (3, 2))}
     assert_same(run(program, model, these).logits, eager(model, these, {}).logits)
+
+
+def test_a_long_example_costs_no_more_than_a_short_one() -> None:
+    """The comparison with eager attention looks at the end of a long call, not at all of it."""
+    model, _ = zoo.build("gemma2", layers=1)
+    ids = torch.randint(3, zoo.VOCAB, (3, 120))
+    mask = torch.ones_like(ids)
+    mask[1, :100] = 0
+    program = capture(model, {"input_ids": ids, "attention_mask": mask}, {}, cache=False)
+    assert torch.ops.regraft.attention.default in [n.target for n in program.graph.nodes]
+    compare(program, model, {"input_ids": ids, "attention_mask": mask}, {"use_cache": False})
+
+
+def test_notes_of_many_layers_are_one() -> None:
+    model, inputs = zoo.build("gemma2", layers=3)
+    program = capture(model, inputs, {}, cache=False)
+    assert [n.message.endswith("(and 2 more alike)") for n in program.notes if "softcap" in n.message] == [True]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_capturing_with_a_padded_example(side: str) -> None:
+    """Rows that see no key, NaN in eager attention one precision up, decide nothing."""
+    model, inputs = zoo.build("mistral")
+    padded = {"input_ids": inputs["input_ids"], "attention_mask": padding(2, 9, side)}
+    program = capture(model, padded, {}, cache=False)
+    assert [n.target for n in program.graph.nodes].count(torch.ops.regraft.attention.default) == 2
+    assert not program.notes
+    compare(program, model, resized(padded, 3, 14, "left"), {"use_cache": False})
