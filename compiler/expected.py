@@ -26,6 +26,7 @@ from .provenance import module_of, source_of
 aten = torch.ops.aten
 
 NORMS: Final = frozenset(["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_rope"])
+NORM_LINEAR: Final = frozenset(["norm_linear"])
 ATTENTION: Final = frozenset(["attention"])
 ROPES: Final = frozenset(["rope", "norm_rope"])
 LINEARS: Final = frozenset([aten.linear.default, aten.addmm.default, aten.mm.default])
@@ -75,7 +76,9 @@ def expectations(
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     made = [
         _attention(nodes, config, model),
-        _kind("norm", _ops(nodes, NORMS), [n for n in nodes if _is_norm_left(n)], "a norm left as it was"),
+        _kind(
+            "norm", _ops(nodes, NORMS | NORM_LINEAR), [n for n in nodes if _is_norm_left(n)], "a norm left as it was"
+        ),
         _kind("rope", _ops(nodes, ROPES), [n for n in nodes if _is_rotation_left(n)], "a rotation left as it was"),
         _siblings("qkv", _ops(nodes, ATTENTION), ("q", "k", "v")),
         _siblings("gate_up", _ops(nodes, frozenset(["glu", "gate_up"])), ("gate", "up")),
@@ -270,10 +273,10 @@ def _linears(value: Any) -> set[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        if node.target in LINEARS:
+        op = called_op(node.target)
+        if node.target in LINEARS or (op is not None and op.name in NORM_LINEAR):
             found.add(node)
             continue
-        op = called_op(node.target)
         passes_on = role_of(node) in (Role.VIEW, Role.CAST) or node.target in (operator.getitem, aten.cat.default)
         passes_on = passes_on or getattr(node.target, "_opname", "") in ELEMENTWISE
         if passes_on or (op is not None and op.name in NORMS | ROPES | {"activation"}):

@@ -54,7 +54,7 @@ class Bench:
     model: str
     dtype: str
     device: str
-    command: list[str] = field(default_factory=lambda: list(sys.argv))
+    command: str = field(default_factory=lambda: " ".join(["python -m regraft", *sys.argv[1:]]))
     date: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=versions)
     results: list[Any] = field(default_factory=list)
