@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+KINDS = ("_forward_hooks", "_forward_pre_hooks")
 HARMLESS = ("transformers.utils.output_capturing",)
 """Modules whose hooks only record what `output_hidden_states` asks for, which a graph returns anyway."""
 

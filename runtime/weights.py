@@ -77,7 +77,8 @@ class Weights:
         self._child_tables = [c[0] for c in self._children]
         self._child_names = [c[1] for c in self._children]
         self._child_values = [c[2] for c in self._children]
-        self._child_counts = [len(m._modules) for m in self._modules]
+        self._families = [m._modules for m in self._modules]
+        self._child_counts = list(map(len, self._families))
         self.slots = slots
         self._tables = [s[0] for s in slots.values()]
         self._names = [s[1] for s in slots.values()]
@@ -88,6 +89,7 @@ class Weights:
         self._pointers = list(map(torch.Tensor.data_ptr, tensors))
         self._dtypes = list(map(_dtype, tensors))
         self._shapes = list(map(_shape, tensors))
+        self._sizes = list(map(torch.Tensor.numel, tensors))
         self._devices = [t.device for t in tensors]
         self._ties = _ties(tensors)
 
@@ -100,7 +102,7 @@ class Weights:
         except KeyError:
             return Change.FORM
         if all(map(is_, now, self._tensors)):
-            if list(map(_dtype, now)) != self._dtypes or list(map(_shape, now)) != self._shapes:
+            if list(map(_dtype, now)) != self._dtypes or list(map(torch.Tensor.numel, now)) != self._sizes:
                 return Change.FORM
             if list(map(torch.Tensor.data_ptr, now)) == self._pointers:
                 return Change.NONE if all(map(_fresh, self.packs.values())) else Change.VALUES
@@ -116,9 +118,9 @@ class Weights:
             return True
         if not same or list(map(type, self._modules)) != self._types:
             return True
-        if [len(m._modules) for m in self._modules] != self._child_counts:
+        if list(map(len, self._families)) != self._child_counts:
             return True
-        return not all(map(is_, (d.get("forward") for d in self._instances), self._overrides))
+        return not all(map(is_, map(dict.get, self._instances, itertools.repeat("forward")), self._overrides))
 
     def refresh(self) -> None:
         """What has changed of the modules since the last look is known to be of no consequence."""
