@@ -87,12 +87,21 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, An
         "activation": {"x": row, "kind": "silu"},
         "glu": {"gate": row, "up": rand(3, 7, 96), "kind": "silu"},
         "linear_act": {"x": row, "weight": rand(80, 96) / 10, "bias": bias, "kind": "gelu"},
-        "norm_linear": {"x": row, "norm_weight": rand(96), "weight": rand(80, 96) / 10, "bias": None, "eps": 1e-6},
+        "norm_linear": {
+            "x": row,
+            "norm_weight": rand(96),
+            "weight": rand(80, 96) / 10,
+            "bias": None,
+            "eps": 1e-6,
+            "out_dtype": dtype,
+        },
         "gate_up": {"x": row, "weight": rand(160, 96) / 10, "bias": None, "kind": "silu"},
     }
 
 
 def _widen(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.dtype):
+        return dtype
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

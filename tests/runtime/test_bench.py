@@ -120,11 +120,22 @@ def test_kernels_wrong_and_refusing_providers_are_not_timed(monkeypatch: pytest.
 def test_every_op_with_a_kernel_is_examined_and_the_examples_fit_their_ops() -> None:
     from regraft.kernels.table import OPS, PROVIDERS
 
-    made = examples(CPU, torch.float32)
-    assert set(PROVIDERS) <= set(made)
-    for name, arguments in made.items():
-        found = OPS[name](**arguments)
-        assert all(t.isfinite().all() for t in (found if isinstance(found, tuple) else (found,))), name
+    for dtype in (torch.float32, torch.bfloat16):
+        made = examples(CPU, dtype)
+        assert set(PROVIDERS) <= set(made)
+        for name, arguments in made.items():
+            found = OPS[name](**arguments)
+            assert all(t.isfinite().all() for t in (found if isinstance(found, tuple) else (found,))), name
+
+
+def test_every_kernel_agrees_with_itself_as_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regraft.kernels.table import OPS
+    from regraft.runtime import doctor as doctor_module
+
+    providers = {op.name: (Kernel(op, "itself", op.reference, lambda signature: None),) for op in OPS.values()}
+    monkeypatch.setattr(doctor_module, "PROVIDERS", providers)
+    found = [f for f in examine(CPU, torch.bfloat16) if "itself" in f.what]
+    assert len(found) == len(examples(CPU, torch.bfloat16)) and all(f.ok for f in found), found
 
 
 def test_the_doctor_finds_a_wrong_and_a_failing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
