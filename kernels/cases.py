@@ -14,6 +14,7 @@ from .activation import activate, activation, glu
 from .attention import attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
+from .norm_linear import norm_linear
 from .op import Op
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -169,12 +170,24 @@ def _linears(dtype: torch.dtype) -> Iterator[Case]:
             weight = _randn(dtype, device, 2 * 14336, 4096, scale=0.01)
             return {"x": _randn(dtype, device, rows, 4096), "weight": weight, "bias": None, "kind": "silu"}
 
+        def normed(device: torch.device, rows: int = rows) -> Arguments:
+            gain, weight = _randn(dtype, device, 4096), _randn(dtype, device, 6144, 4096, scale=0.02)
+            x = _randn(dtype, device, rows, 4096)
+            return {"x": x, "norm_weight": gain, "weight": weight, "bias": None, "eps": EPS, "mid_dtype": dtype}
+
+        yield Case(norm_linear, f"{rows} x 4096 -> 6144", dtype, normed, "F.rms_norm, F.linear", _norm_linear)
         yield Case(linear_act, f"{rows} x 768 -> 3072", dtype, plain, "F.linear, F.gelu", _linear_act)
         yield Case(gate_up, f"{rows} x 4096 -> 2 x 14336", dtype, gated, "F.linear, F.silu, mul", gate_up.reference)
 
 
 def _linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return activate(F.linear(x, weight, bias), kind)
+
+
+def _norm_linear(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mid_dtype: torch.dtype
+) -> Tensor:
+    return F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, eps).to(mid_dtype), weight, bias)
 
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> Mapping[str, tuple[Case, ...]]:
