@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 NEAR = 0.55
 """Share of a pattern that must have matched for its failure to be worth telling."""
 
+SMALL = 6
+"""Patterns of fewer parts fit half of many things: for them only refusals of `check` are told."""
+
 Nodes = Sequence[fx.Node]
 
 Misses = list[tuple[Rule | GroupRule, Failure, int]]
@@ -59,6 +62,7 @@ def collect(rule: Rule | GroupRule, index: GraphIndex, deny: Deny, misses: Misse
         if anchor in claimed or (rule.name, anchor.name) in deny:
             continue
         failure: Failure | None = None
+        least = NEAR * rule.traced.size if rule.traced.size >= SMALL else float("inf")
         for match in matcher.matches(anchor):
             reject = _checked(rule, match) or _crossing(match.nodes, match.outputs, match.inputs, index)
             if reject is not None:
@@ -69,8 +73,9 @@ def collect(rule: Rule | GroupRule, index: GraphIndex, deny: Deny, misses: Misse
             failure = None
             break
         else:
+            refused = failure is not None and failure.depth > 0
             failure = failure or matcher.failure
-            if failure.depth >= NEAR * rule.traced.size:
+            if refused or failure.depth >= least:
                 misses.append((rule, failure, rule.traced.size))
     covered = {n for site in sites for n in site.nodes}
     misses[:] = [m for m in misses if m[0] is not rule or m[1].node not in covered]

@@ -23,6 +23,10 @@ from ..compiler.rule import Emitter, Reject, Rule, Stage
 aten = torch.ops.aten
 
 
+LOWEST = -9984.0
+"""What models add where they mean -inf is this or lower: -10000 rounded to bf16."""
+
+
 def split_mask(g: Emitter, mask: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
     """A mask as it is added to scores, taken apart: which keys are visible (bool), and what is added there (float).
 
@@ -43,9 +47,9 @@ def split_mask(g: Emitter, mask: fx.Node | None) -> tuple[fx.Node | None, fx.Nod
 
 
 def is_lowest(value: Any) -> bool:
-    """-inf, or a number that no score comes near: half the lowest of fp16 or below."""
+    """-inf, or a number that no score comes near."""
     number = scalar_of(value)
-    return number is not None and number <= torch.finfo(torch.float16).min / 2
+    return number is not None and number <= LOWEST
 
 
 def emit_attention(

@@ -49,9 +49,13 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
     graph, removed = program.graph, Counter[str]()
     stage = Stage.CANONICALIZE if name == "canonicalize" else Stage.RAISE
     result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
+    numbers: dict[Any, fx.Node] = {}
     for node, meaning in program.placeholder_inputs().items():
         if meaning.value is not None and meaning.value.dim() == 0 and not meaning.value.is_meta:
-            node.meta["constant"] = meaning.value.item()  # a lifted Python number
+            number = node.meta["constant"] = meaning.value.item()  # a lifted Python number
+            first = numbers.setdefault((meaning.value.dtype, meaning.value.device, number), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
     for node in list(graph.nodes):
         if node.op == "call_function" and not node._erased:
             _simplify(graph, node, removed)

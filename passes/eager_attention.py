@@ -48,7 +48,7 @@ class EagerAttention(Rule):
         weights = p.cast(p.any(plain, p.slice(with_sinks, -1, 0, p.arg("end")), tag="with_sinks"))
         cleared = p.masked_fill(weights, p.arg("hidden_after"), 0)
         weights = p.cast(p.any(cleared, p.nan_to_num(weights, p.arg("nan")), weights, tag="cleared"))
-        return p.matmul(p.any(p.view(weights, "folded"), weights), v)
+        return p.matmul(p.any(p.view(weights, "folded"), weights, tag="unfolded"), v)
 
     @staticmethod
     def _step(p: Builder, s: Any, i: int) -> Any:
@@ -79,6 +79,10 @@ class EagerAttention(Rule):
         scores = scores_of(m)
         if isinstance(scores, Reject):
             return scores
+        for node in m.only(aten.reshape.default):
+            shape = node.meta["val"].shape
+            if len(shape) == 4 and (operands.folded or shape[1] != operands.heads):
+                return Reject(f"scores are laid out as {list(shape)} for {operands.heads} heads", node)
         if m.anchor.meta["val"].dtype is not m.dtype(m.v):
             return Reject(f"the result is {m.anchor.meta['val'].dtype}, the values {m.dtype(m.v)}", m.v)
         if m.cleared == 0 and m.hidden_after not in [mask for mask, shown, _ in scores.masks if not shown]:

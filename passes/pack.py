@@ -35,11 +35,14 @@ def pack(program: Program, context: Context) -> PassResult:
     constant = _constant_nodes(graph)
     roots = [n for n in constant if any(u not in constant for u in n.users)]
     shared: dict[str, fx.GraphModule] = {}
+    done: dict[fx.Node, fx.Node] = {}
     for root in roots:
         members = _slice_of(root)
         if not _worth_packing(root, members):
             continue
-        packed = _pack(program, root, members, meaning, shared)
+        node, packed = _pack(program, root, members, meaning, shared)
+        root.replace_all_uses_with(node, delete_user_cb=lambda user: user not in constant)  # recipes still read it
+        done[root] = node
         result.rewrites.append(
             Rewrite(
                 "pack",
@@ -50,6 +53,10 @@ def pack(program: Program, context: Context) -> PassResult:
                 (packed.name,),
             )
         )
+    graph.eliminate_dead_code()
+    for root, node in done.items():
+        if not root._erased:
+            root.replace_all_uses_with(node)
     graph.eliminate_dead_code()
     _drop_unread(program)
     graph.lint()
@@ -111,8 +118,8 @@ def _pack(
     members: list[fx.Node],
     meaning: dict[fx.Node, Input],
     shared: dict[str, fx.GraphModule],
-) -> Input:
-    """Put a PACKED input where `root` was; equal recipes of several layers share one graph module."""
+) -> tuple[fx.Node, Input]:
+    """A PACKED input that stands for `root`; equal recipes of several layers share one graph module."""
     graph = program.graph
     sources = list(dict.fromkeys(i for n in members for i in n.all_input_nodes if i.op == "placeholder"))
     recipe_graph = fx.Graph()
@@ -144,11 +151,9 @@ def _pack(
         node = graph.placeholder(f"packed_{root.name}")
     node.meta.update(root.meta)
     node.meta["weight"] = True
-    root.replace_all_uses_with(node)
     packed = Input(node.name, InputKind.PACKED, f"{module_of(root) or 'model'}.{node.name}", recipe=recipe)
     program.inputs.append(packed)
-    meaning[node] = packed
-    return packed
+    return node, packed
 
 
 def _label(recipe: Recipe | None) -> str:
