@@ -64,7 +64,8 @@ def optimize(
         strict: raise where something was not captured or not rewritten that should have been.
         on_error: "fallback" lets the original serve what cannot be captured, "raise" raises.
         dry_run: change nothing and return the report alone; works on meta weights too.
-        cache_dir: where tuned kernel configurations are kept; `REGRAFT_CACHE_DIR` by default.
+        cache_dir: where tuned kernel configurations will be kept, `REGRAFT_CACHE_DIR` by default; nothing is tuned on
+            the user's machine yet, and the report says so.
         example_inputs: the arguments of a typical call, by name. Made from the config where not given.
         verbose: True prints the whole report, None a few lines, False nothing.
 
@@ -151,6 +152,8 @@ def new_record(model: nn.Module, options: Options) -> Record:
     )
     if options.mode != "default":
         record.notes.append(Note("", f"mode={options.mode!r} runs the kernels of the default mode for now"))
+    if options.cache_dir is not None:
+        record.notes.append(Note("", f"cache_dir={str(options.cache_dir)!r}: nothing is tuned on this machine yet"))
     return record
 
 

@@ -39,7 +39,7 @@ class Stack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = block(x) if float(x.sum()) > 0 else block(-x)
+            x = block(x) if float(x.detach().sum()) > 0 else block(-x)
         return x
 
 
