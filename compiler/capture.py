@@ -67,7 +67,22 @@ def capture(
     weight = next(model.parameters(), None)
     device = weight.device if weight is not None else torch.device("cpu")
     enlarged = enlarge(tensors)
-    examples = on_device(enlarged, device)
+    program = _capture(model, forward, enlarged, static, device, files)
+    if any(enlarged[n] is not t for n, t in tensors.items()) and program.limits.violation(tensors) is not None:
+        # The model's code fixes a size that was 1 and is not any more: take the arguments as they are.
+        program = _capture(model, forward, tensors, static, device, files)
+    return program
+
+
+def _capture(
+    model: nn.Module,
+    forward: Forward,
+    values: dict[str, Tensor],
+    static: dict[str, Any],
+    device: torch.device,
+    files: frozenset[str],
+) -> Program:
+    examples = on_device(values, device)
     with torch.no_grad(), capturing(model) as state:
         try:
             returned = _concrete_run(model, forward, examples, static, state)
@@ -75,7 +90,7 @@ def capture(
             raise _failure(error, files, "its forward fails on these arguments") from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
-        exported, notes = _export(call, enlarged, examples, files)
+        exported, notes = _export(call, values, examples, files)
     return _program(exported, call, model, examples, blueprint, [*state.notes, *notes], files)
 
 

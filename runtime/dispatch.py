@@ -184,6 +184,9 @@ class Dispatch:
         finally:
             self._local.inside = False
         self._table[call.key] = [*known, served]
+        violation = served.violation(call.tensors)
+        if violation is not None:
+            return Unserved(f"sizes that no graph could be captured for ({violation})")
         return served
 
     def _take_parts(self) -> None:

@@ -307,6 +307,24 @@ def test_what_no_graph_can_hold_is_an_error_with_the_line() -> None:
     assert "test_capture.py" in caught.value.source
 
 
+class _RowByRow(nn.Module):
+    """Its code fixes the batch: a loop over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.linear(row) for row in x])
+
+
+def test_a_size_of_one_that_the_code_fixes_stays_one() -> None:
+    model, x = _RowByRow().eval(), torch.randn(1, 5, 8)
+    program = capture(model, {"x": x}, cache=False)
+    assert program.limits.violation({"x": x}) is None
+    torch.testing.assert_close(run(program, model, {"x": x}), model(x).detach())
+
+
 def test_training_mode_and_states_that_are_no_keys_and_values_are_refused() -> None:
     model, inputs = zoo.build("llama")
     with pytest.raises(CaptureError, match="training mode"):

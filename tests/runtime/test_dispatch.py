@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 import pickle
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -325,3 +327,32 @@ def test_a_value_of_another_type_is_another_signature() -> None:
     x = torch.randn(4, 2)
     for by in (True, 1, 4, 4.0, 2.0):
         torch.testing.assert_close(module(x, by=by), module.forward.original(x, by=by))
+
+
+class _RowByRow(torch.nn.Module):
+    """Its code fixes the batch: a loop over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.linear(row) for row in x])
+
+
+class _OtherSizes(Identity):
+    """Captures for a batch twice as large as the one it is asked for."""
+
+    def capture(self, module: Any, call: Any, forward: Any) -> Any:
+        doubled = dataclasses.replace(call, tensors={n: torch.cat([t, t]) for n, t in call.tensors.items()})
+        return super().capture(module, doubled, forward)
+
+
+def test_a_fresh_graph_that_does_not_take_the_sizes_of_its_call_does_not_serve_it() -> None:
+    model = optimized(_RowByRow().eval(), _OtherSizes())
+    x = torch.randn(3, 5, 8)
+    with pytest.warns(RegraftWarning, match="dimension 0 of x is 3, captured with 6"):
+        torch.testing.assert_close(model(x), model.forward.original(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.cat([x, x])), model.forward.original(torch.cat([x, x])))
+    assert counted(model) == {"graph": 1, "original": 1}
