@@ -106,6 +106,21 @@ def eager_implementations(module: nn.Module, attention: bool = True, experts: bo
             setattr(config, name, value)
 
 
+@contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Puts back what the forward sets on its modules, such as tables that it keeps: raised ones must not stay."""
+    owners = list(module.modules())
+    tables = [t for m in owners for t in (m.__dict__, m._parameters, m._buffers)]
+    before = [dict(t) for t in tables]
+    try:
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            for name in table.keys() - old.keys():
+                del table[name]
+            table.update(old)
+
+
 @torch.no_grad()
 def run_reference(
     module: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], *, eager: bool = True
@@ -126,5 +141,10 @@ def run_oracle(
 ) -> Any:
     """The original forward with every floating value in `target`; experts run eagerly, attention as `eager` says."""
     raised = {n: upcast(v, target) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    with eager_implementations(module, attention=eager, experts=True), Agree(target), Raise(module, target):
+    with (
+        state_kept(module),
+        eager_implementations(module, attention=eager, experts=True),
+        Agree(target),
+        Raise(module, target),
+    ):
         return forward(**raised)

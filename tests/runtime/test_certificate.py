@@ -41,6 +41,29 @@ def test_oracle_is_the_model_one_precision_up() -> None:
     assert all(p.dtype is torch.bfloat16 for p in model.parameters())
 
 
+class _KeepsItsTable(torch.nn.Module):
+    """Its forward brings a buffer to the dtype of the activations, and keeps more than it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.table = torch.nn.Buffer(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        self.table = self.table.to(y.dtype)
+        self.last = y
+        return y + self.table
+
+
+def test_oracle_leaves_no_raised_tensor_in_the_model() -> None:
+    model, x = _KeepsItsTable().eval(), torch.randn(3, 8)
+    table = model.table
+    assert run_oracle(model, model.forward, {"x": x}, torch.float64).dtype is torch.float64
+    assert model.table is table
+    assert not hasattr(model, "last")
+
+
 def test_reference_runs_eager_attention_and_puts_the_config_back() -> None:
     config = transformers.Gemma2Config(
         vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
