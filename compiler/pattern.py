@@ -102,7 +102,7 @@ class Builder:
         """`op(x, *args)`, or `x` alone."""
         return AnyOf((Op(spec_of(op), (x, *args), {}, where=_caller()), x), tag, where=_caller())
 
-    def var(self, name: str) -> Var:
+    def variable(self, name: str) -> Var:
         """A further variable, for patterns that are built in a loop; the same name is the same variable."""
         return self._variables.setdefault(name, Var(name, where=_caller()))
 
@@ -136,7 +136,7 @@ def trace(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function once, with a builder and one variable for each further parameter."""
     names = list(inspect.signature(function).parameters)[1:]
     builder = Builder()
-    result = function(builder, *[builder.var(n) for n in names])
+    result = function(builder, *[builder.variable(n) for n in names])
     outputs = result if isinstance(result, tuple) else (result,)
     for output in outputs:
         if not isinstance(output, P) or isinstance(output, Var):

@@ -5,7 +5,10 @@
     split, chunk, unbind with numbers for sizes                                        -> slices and selects
     permute of two dims, t, transposes of transposes                                   -> one transpose, or nothing
     to.dtype, type_as                                                                  -> _to_copy(dtype=)
+    einsum of two operands with one contracted index                                   -> matmul
     equal nodes                                                                        -> one node
+
+A number that is computed from numbers (the square root of a head size, as a tensor) is noted as such, for rules.
 
 What the assertions guarded (sizes and their equality) is checked at the runtime's entry instead.
 """
@@ -49,13 +52,7 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
     graph, removed = program.graph, Counter[str]()
     stage = Stage.CANONICALIZE if name == "canonicalize" else Stage.RAISE
     result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
-    numbers: dict[Any, fx.Node] = {}
-    for node, meaning in program.placeholder_inputs().items():
-        if meaning.value is not None and meaning.value.dim() == 0 and not meaning.value.is_meta:
-            number = node.meta["constant"] = meaning.value.item()  # a lifted Python number
-            first = numbers.setdefault((meaning.value.dtype, meaning.value.device, number), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
+    note_numbers(program)
     for node in list(graph.nodes):
         if node.op == "call_function" and not node._erased:
             _simplify(graph, node, removed)
@@ -68,6 +65,34 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started
     return result
+
+
+def note_numbers(program: Program) -> None:
+    """Give `meta["constant"]` to nodes that are one number in every call: lifted constants and what is made of them.
+
+    Equal lifted constants (each layer has its own) become one.
+    """
+    known: dict[fx.Node, torch.Tensor] = {}
+    first: dict[Any, fx.Node] = {}
+    for node, meaning in program.placeholder_inputs().items():
+        if meaning.value is not None and meaning.value.dim() == 0 and not meaning.value.is_meta:
+            known[node] = meaning.value
+            number = node.meta["constant"] = meaning.value.item()
+            same = first.setdefault((meaning.value.dtype, meaning.value.device, number), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() or not _is_pure(node):
+            continue
+        if all(i in known for i in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["constant"] = known[node].item()
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and _is_deterministic(node)
 
 
 def same_tensor(a: Any, b: Any) -> bool:
@@ -89,6 +114,9 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
     if target in _ASSERTIONS:
         graph.erase_node(node)
         removed["assertion"] += 1
+        return
+    if target is aten.einsum.default:
+        _to_matmul(graph, node, removed)
         return
     if not node.args or not isinstance(node.args[0], fx.Node):
         return
@@ -140,6 +168,43 @@ def _to_slices(graph: fx.Graph, node: fx.Node, source: fx.Node, removed: Counter
         graph.erase_node(part)
     graph.erase_node(node)
     removed["split"] += 1
+
+
+def _to_matmul(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
+    """`bhqd,bhkd->bhqk` as a product of matrices; other equations stay."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    left, arrow, out = equation.partition("->")
+    parts = left.split(",")
+    if not arrow or len(parts) != 2 or "." in equation or any(len(set(p)) < len(p) for p in (*parts, out)):
+        return
+    a, b = parts
+    shared = [c for c in a if c in b]
+    batch, summed = "".join(c for c in shared if c in out), [c for c in shared if c not in out]
+    rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+    if not (len(summed) == len(rows) == len(columns) == 1) or set(out) != {*batch, *rows, *columns}:
+        return
+    with graph.inserting_before(node):
+        x = _ordered(graph, operands[0], a, batch + rows[0] + summed[0])  # type: ignore[index, arg-type]
+        y = _ordered(graph, operands[1], b, batch + summed[0] + columns[0])  # type: ignore[index, arg-type]
+        product = graph.call_function(aten.matmul.default, (x, y))
+        product.meta.update(node.meta)
+        natural = batch + rows[0] + columns[0]
+        product.meta["val"] = node.meta["val"].permute([out.index(c) for c in natural])
+        node.replace_all_uses_with(_ordered(graph, product, natural, out))
+    graph.erase_node(node)
+    removed["einsum"] += 1
+
+
+def _ordered(graph: fx.Graph, node: fx.Node, letters: str, wanted: str) -> fx.Node:
+    """The tensor with its dimensions in another order."""
+    if letters == wanted:
+        return node
+    order = [letters.index(c) for c in wanted]
+    moved = graph.call_function(aten.permute.default, (node, order))
+    moved.meta.update(node.meta)
+    moved.meta["val"] = node.meta["val"].permute(order)
+    _to_transpose(moved)
+    return moved
 
 
 def _to_transpose(node: fx.Node) -> None:

@@ -37,8 +37,10 @@ class EagerAttention(Rule):
     label = "eager attention -> attention"
 
     def pattern(self, p: Builder, q: Any, kt: Any, v: Any) -> Any:
+        rows = p.any(p.mul(q, p.variable("by_q")), p.div(q, p.variable("by_q")), q, tag="q_form")
+        columns = p.any(p.mul(kt, p.variable("by_k")), p.div(kt, p.variable("by_k")), kt, tag="k_form")
         with_bias = p.baddbmm(p.arg("alibi"), q, kt, beta=p.arg("beta"), alpha=p.arg("alpha"))
-        product = p.any(p.matmul(q, kt), with_bias, tag="base")
+        product = p.any(p.matmul(rows, columns), with_bias, tag="base")
         scores = product
         for i in range(DEPTH):
             scores = p.any(product, self._step(p, p.cast(scores), i), tag=f"step_{i}")
@@ -52,11 +54,11 @@ class EagerAttention(Rule):
 
     @staticmethod
     def _step(p: Builder, s: Any, i: int) -> Any:
-        cap = p.var(f"cap_{i}")
+        cap = p.variable(f"cap_{i}")
         return p.any(
-            p.mul(s, p.var(f"by_{i}")),
-            p.div(s, p.var(f"by_{i}")),
-            p.add(s, p.var(f"added_{i}")),
+            p.mul(s, p.variable(f"by_{i}")),
+            p.div(s, p.variable(f"by_{i}")),
+            p.add(s, p.variable(f"added_{i}")),
             p.masked_fill(s, p.arg(f"mask_{i}"), p.arg(f"lowest_{i}")),
             p.where(p.arg(f"mask_{i}"), s, p.arg(f"lowest_{i}")),
             p.where(p.arg(f"mask_{i}"), p.arg(f"lowest_{i}"), s),
@@ -143,6 +145,12 @@ class Scores:
 def scores_of(m: Match) -> Scores | Reject:
     """What the chain of steps comes to, read from the product outwards."""
     scores, rank = Scores(), max(m.val(m.q).dim(), m.val(m.kt).dim())
+    for form, by in ((m.bindings.get("q_form"), "by_q"), (m.bindings.get("k_form"), "by_k")):
+        if form in (SCALE, DIVIDE):
+            number = scalar_of(m.bindings[by])
+            if number is None:
+                return Reject("an operand is multiplied by a tensor", m.bindings[by], quiet=True)
+            scores = replace(scores, scale=scores.scale / number if form == DIVIDE else scores.scale * number)
     if m.base == 1:
         scores = Scores(scale=float(m.alpha))
         if m.beta:

@@ -23,9 +23,9 @@ class GLU(Rule):
     def check(self, m: Match) -> Reject | None:
         gate, up = m.val(m.gate), m.val(m.up)
         if not isinstance(up, torch.Tensor) or gate.dim() != up.dim() or gate.dtype is not up.dtype:
-            return Reject("the factor is not a tensor of the gate's rank and dtype", m.up)
+            return Reject("the factor is not a tensor of the gate's rank and dtype", m.up, quiet=True)
         if [str(s) for s in gate.shape] != [str(s) for s in up.shape]:
-            return Reject(f"the factor has shape {list(up.shape)}, the gate {list(gate.shape)}", m.up)
+            return Reject(f"the factor has shape {list(up.shape)}, the gate {list(gate.shape)}", m.up, quiet=True)
         if m.up is m.gate:
             return Reject("gate and factor are one value", m.up)
         return None

@@ -2,8 +2,9 @@
 
     layer_norm(x, [D], w, b, eps)                                  ->  regraft.layer_norm(x, w, b, eps)
     rms_norm(sub(x32, mean(x32, [-1], True)), w, eps, out_dtype)   ->  regraft.layer_norm(x, w, None, eps)     (Cohere)
+    (x32 - mean) / sqrt(variance + eps) * w + b                    ->  regraft.layer_norm(x, w, b, eps)        (DeBERTa)
 
-The first keeps every bit and is a RAISE rule. The second sums in another order, so it is a FUSE rule and verified.
+The first keeps every bit and is a RAISE rule. The others sum in another order, so they are FUSE rules and verified.
 """
 
 from __future__ import annotations
@@ -62,4 +63,40 @@ class CenteredRMSNorm(Rule):
         return g.regraft_layer_norm(m.x, m.weight, None, float(m.eps))
 
 
-RULES = (LayerNorm(), CenteredRMSNorm())
+class WrittenLayerNorm(Rule):
+    """Mean and variance written out, with a root that divides or multiplies."""
+
+    stage = Stage.FUSE
+    label = "mean + variance + sqrt -> layer_norm"
+
+    def pattern(self, p: Builder, x: Any, w: Any, b: Any, eps: Any) -> Any:
+        wide = p.cast(x, "wide")
+        centered = p.sub(wide, p.mean(wide, [-1], True))
+        squares = p.any(p.pow(centered, 2), p.mul(centered, centered), p.square(centered))
+        variance = p.any(p.mean(squares, [-1], True), p.var(wide, [-1], correction=p.arg("correction"), keepdim=True))
+        shifted = p.add(variance, eps)
+        normed = p.any(p.div(centered, p.sqrt(shifted)), p.mul(centered, p.rsqrt(shifted)))
+        scaled = p.mul(p.cast(normed), w)
+        return p.cast(p.any(p.add(p.cast(scaled), b), scaled, tag="no_bias"))
+
+    def check(self, m: Match) -> Reject | None:
+        x = m.dtype(m.x)
+        if x is None or not x.is_floating_point or not isinstance(m.eps, int | float):
+            return Reject("the input is not a floating-point tensor, or eps not a number", m.x)
+        if x in (torch.float16, torch.bfloat16) and m.wide is None:
+            return Reject(f"mean and variance are rounded to {x}", m.x)
+        if m.bindings.get("correction", 0) != 0:
+            return Reject(f"the variance divides by one less (correction {m.correction})", m.x)
+        if m.anchor.meta["val"].dtype is not x:
+            return Reject(f"the result is {m.anchor.meta['val'].dtype}, the input {x}", m.x)
+        for name in ("w", "b")[: 2 - m.no_bias]:
+            value = m.val(m.bindings[name])
+            if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype is not x:
+                return Reject(f"{'weight' if name == 'w' else 'bias'} is no vector of {x}", m.bindings[name])
+        return None
+
+    def emit(self, m: Match, g: Emitter) -> fx.Node:
+        return g.regraft_layer_norm(m.x, m.w, None if m.no_bias else m.b, float(m.eps))
+
+
+RULES = (LayerNorm(), CenteredRMSNorm(), WrittenLayerNorm())

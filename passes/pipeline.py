@@ -38,7 +38,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("canonicalize", Stage.CANONICALIZE, run=lambda program, _: canonicalize.canonicalize(program), optional=False),
     # canonical ATen -> semantic ops
     Pass("linear", Stage.RAISE, linear.RULES),
-    Pass("rms_norm", Stage.RAISE, rms_norm.RULES),
+    Pass("rms_norm", Stage.RAISE, _of(Stage.RAISE, rms_norm)),
     Pass("layer_norm", Stage.RAISE, _of(Stage.RAISE, layer_norm)),
     Pass("rope", Stage.RAISE, rope.RULES),
     Pass("activation", Stage.RAISE, activation.RULES),
@@ -53,7 +53,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("add_norm", Stage.FUSE, add_norm.RULES),
     Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
     Pass("norm_linear", Stage.FUSE, norm_linear.RULES),
-    Pass("centered_norm", Stage.FUSE, _of(Stage.FUSE, layer_norm)),
+    Pass("written_norm", Stage.FUSE, (*_of(Stage.FUSE, layer_norm), *_of(Stage.FUSE, rms_norm))),
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),
     Pass("lower", Stage.LOWER, run=lower.lower),

@@ -5,6 +5,8 @@
 
 What is recorded: the dtype rounded to before the weight (llama), after it (gemma, OLMo 2), and whether the weight is
 stored less one (gemma's 1 + w). Together they make the op bit-exact with the spelling it replaces.
+
+    x / sqrt(mean(x^2) + eps) * w        rounds elsewhere: a FUSE rule, verified
 """
 
 from __future__ import annotations
@@ -100,4 +102,26 @@ def _check_statistics(m: Match) -> Reject | None:
     return None
 
 
-RULES = (RMSNorm(), RMSNormWithoutWeight())
+class DividedRMSNorm(Rule):
+    """x / sqrt(mean(x^2) + eps) * w"""
+
+    stage = Stage.FUSE
+    label = "mean + sqrt + div -> rms_norm"
+
+    def pattern(self, p: Builder, x: Any, w: Any, eps: Any) -> Any:
+        wide = p.cast(x, "variance_dtype")
+        mean = p.mean(p.any(p.pow(wide, 2), p.mul(wide, wide), p.square(wide)), [-1], True)
+        normed = p.cast(p.div(p.cast(x, "input_dtype"), p.sqrt(p.add(mean, eps))), "mid_dtype")
+        return p.cast(p.mul(normed, w), "out_dtype")
+
+    def check(self, m: Match) -> Reject | None:
+        weight = m.val(m.w)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+            return Reject("the weight is not a vector", m.w)
+        return _check_statistics(m)
+
+    def emit(self, m: Match, g: Emitter) -> fx.Node:
+        return g.rms_norm(m.x, m.w, float(m.eps), 0.0, m.mid_dtype, m.out_dtype)
+
+
+RULES = (RMSNorm(), RMSNormWithoutWeight(), DividedRMSNorm())

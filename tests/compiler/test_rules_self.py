@@ -113,6 +113,7 @@ def eager_attention(draw: int) -> dict[str, Any]:
         steps |= {f"by_{i}": 0.37 + 0.2 * i, f"added_{i}": torch.randn(sizes[(draw + i) % 4]), f"cap_{i}": 1.5}
         steps |= {f"mask_{i}": mask, f"lowest_{i}": float("-inf") if i % 2 else -1e30}
     sinks = torch.randn(3).reshape(1, 3, 1, 1).expand(2, 3, queries, 1)
+    steps |= {"by_q": 0.7, "by_k": 1.9}
     rest = {"sinks": sinks, "end": -1, "hidden_after": mask, "nan": None, "softmax_dtype": None}
     return {"q": given["q"], "kt": given["k"].transpose(2, 3), "v": given["v"], **steps, **rest}
 
@@ -129,7 +130,7 @@ def eager_attention_without_heads(draw: int) -> dict[str, Any]:
 
 def chain(*forms: int, **rest: int) -> dict[str, int]:
     """The steps from the product outwards, and what else is chosen, by tag."""
-    tags = {"base": 0, f"step_{DEPTH - 1 - len(forms)}": 0, "with_sinks": 0, **rest}
+    tags = {"base": 0, "q_form": 2, "k_form": 2, f"step_{DEPTH - 1 - len(forms)}": 0, "with_sinks": 0, **rest}
     for i, form in enumerate(reversed(forms)):
         tags |= {f"step_{DEPTH - 1 - i}": 1, f"form_{DEPTH - 1 - i}": form}
     return tags
@@ -188,6 +189,11 @@ def layer_norm(draw: int) -> dict[str, Any]:
     return {"x": x(draw, 7), **given}
 
 
+def written_norm(draw: int) -> dict[str, Any]:
+    width = 7 + 2 * draw
+    return {"x": x(draw, width), "w": weight(width), "b": weight(width), "eps": 1e-5, "correction": 0}
+
+
 def centered(draw: int) -> dict[str, Any]:
     return {"x": x(draw, 7), "weight": weight(7), "eps": 1e-5, "mid_dtype": None, "out_dtype": None}
 
@@ -218,6 +224,8 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "rms_norm_without_weight": norm,
     "layer_norm": layer_norm,
     "centered_rms_norm": centered,
+    "written_layer_norm": written_norm,
+    "divided_rms_norm": written_norm,
     "rope_half": rope,
     "rope_interleaved": rope_interleaved,
     "rope_half_tables": rope_half_tables,
@@ -261,6 +269,7 @@ SCORES = (
 @pytest.mark.parametrize("draw", range(4))
 def test_eager_attention(draw: int) -> None:
     spellings = [chain(*forms) for forms in SCORES]
+    spellings += [chain(SCALE, q_form=q, k_form=k) for q in (0, 1, 2) for k in (0, 1)]
     spellings += [chain(FILL, cleared=0), chain(SCALE, ADD, cleared=1)]
     tested = self_test(RULES["eager_attention"], lambda _: eager_attention(draw), draws=1, spellings=spellings)
     assert tested.fired == len(spellings)
