@@ -90,6 +90,8 @@ class Served:
     run: Guarded
     """Calls go through here: the executable where what was inferred of its masks holds."""
     cache_kinds: tuple[Any, ...] | None = None
+    seconds: float = 0.0
+    """What it took to make."""
 
     def violation(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
         """Why the graph cannot serve these shapes, or None."""
@@ -153,6 +155,7 @@ class Builder:
             self.weights.keep(r for s in self.served for r in s.run.recipes)
             raise error
         entry.served = True
+        served.seconds = sum(entry.seconds.values())
         self.served.append(served)
         views, copies = self.weights.packed_bytes()
         self.record.memory |= {"packed_views": views, "packed_copies": copies}

@@ -77,18 +77,19 @@ def _padded(mask: torch.Tensor, *, left: bool) -> torch.Tensor:
 
 def _second_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """One row of the batch and, of what goes by tokens, another length."""
-    lengths = {t.shape[1] for n, t in tensors.items() if _by_tokens(n) and t.ndim >= 2}
+    lengths = {t.shape[1] for n, t in tensors.items() if by_tokens(n) and t.ndim >= 2}
     batches = {t.shape[0] for t in tensors.values() if t.ndim >= 1}
     if len(batches) != 1 or not lengths:
         return None
     out = {}
     for name, tensor in tensors.items():
         out[name] = tensor[:1]
-        if _by_tokens(name) and tensor.ndim >= 2 and tensor.shape[1] > 4:
+        if by_tokens(name) and tensor.ndim >= 2 and tensor.shape[1] > 4:
             out[name] = out[name][:, : tensor.shape[1] - 3]
         out[name] = out[name].contiguous()
     return out
 
 
-def _by_tokens(name: str) -> bool:
+def by_tokens(name: str) -> bool:
+    """Whether dimension 1 of this argument counts tokens."""
     return name.removeprefix("decoder_") in LENGTHWISE

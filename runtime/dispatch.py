@@ -21,6 +21,7 @@ from ..compiler.program import Note
 from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
+from .cases import by_tokens
 from .checks import check_inputs
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
@@ -34,6 +35,8 @@ MAX_SIGNATURES = 32
 """Graphs kept for one model; further signatures go to the original."""
 MAX_VARIANTS = 4
 """Graphs kept for one signature where the model's code fixes sizes, each of which then needs a graph of its own."""
+PATIENCE = 30.0
+"""Seconds that the graph of one more length may take to make, where each length needs its own (a scan unrolled)."""
 
 
 class Dispatch:
@@ -169,6 +172,10 @@ class Dispatch:
         if len(known) >= MAX_VARIANTS:
             violation = known[0].violation(call.tensors)
             return Unserved(f"sizes beyond the {MAX_VARIANTS} fixed ones that are kept ({violation})")
+        if self._estimate(call) > PATIENCE:
+            return Unserved(
+                f"a length that the model's code fixes, whose graph would take over {PATIENCE:.0f} s to make"
+            )
         self._local.inside = True
         try:
             served = bound.builder.build(call)
@@ -188,6 +195,19 @@ class Dispatch:
         if violation is not None:
             return Unserved(f"sizes that no graph could be captured for ({violation})")
         return served
+
+    def _estimate(self, call: Call) -> float:
+        """Seconds to make a graph for this call, if graphs so far hold for one length each: they grow with it."""
+        found = 0.0
+        for served in self.graphs:
+            for name, guard in served.executable.program.limits.tensors.items():
+                tensor = call.tensors.get(name)
+                if tensor is None or not by_tokens(name) or tensor.dim() < 2 or len(guard.shape) != tensor.dim():
+                    continue
+                fixed = guard.shape[1]
+                if isinstance(fixed, int) and tensor.shape[1] != fixed:
+                    found = max(found, served.seconds * tensor.shape[1] / fixed)
+        return found
 
     def _take_parts(self) -> None:
         """Give each part of the model a dispatch of its own; nothing is captured before it is called."""

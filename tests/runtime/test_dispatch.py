@@ -356,3 +356,32 @@ def test_a_fresh_graph_that_does_not_take_the_sizes_of_its_call_does_not_serve_i
     with torch.no_grad():
         torch.testing.assert_close(model(torch.cat([x, x])), model.forward.original(torch.cat([x, x])))
     assert counted(model) == {"graph": 1, "original": 1}
+
+
+class _Scan(torch.nn.Module):
+    """Its code fixes the length: a loop over the tokens, unrolled in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(131, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(8)
+        for token in self.embed(input_ids).unbind(1):
+            state = torch.tanh(state + token)
+        return state
+
+
+def test_a_length_whose_unrolled_graph_would_take_minutes_is_left_to_the_original() -> None:
+    model = optimized(_Scan().eval())
+    with torch.no_grad():
+        model(tokens(2, 4))
+        (served,) = model.forward.graphs
+        seconds, served.seconds = served.seconds, 1.0
+        assert seconds > 0
+        model(tokens(2, 5))
+        assert counted(model) == {"graph": 2, "original": 0}
+        with pytest.warns(RegraftWarning, match="a length that the model's code fixes"):
+            out = model(tokens(2, 400))
+    torch.testing.assert_close(out, model.forward.original(tokens(2, 400)).detach())
+    assert counted(model) == {"graph": 2, "original": 1}
