@@ -118,11 +118,11 @@ class Matcher:
     def __init__(self, index: GraphIndex, pattern: Pattern) -> None:
         self.index = index
         self.pattern = pattern
-        self.failure = Failure()
+        self.failure = Failure(depth=-1)
 
     def matches(self, anchor: fx.Node) -> Iterator[Match]:
         """Every way the pattern holds at `anchor`; `failure` then tells how far the others got."""
-        self.failure = Failure()
+        self.failure = Failure(depth=-1)
         for bindings in self._match(self.pattern.outputs[0], anchor, {}):
             for complete, outputs in self._further_outputs(bindings, (anchor,)):
                 found = self._build(complete, outputs)
