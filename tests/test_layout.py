@@ -106,10 +106,10 @@ config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_si
 print(tuple(transformers.AutoModelForCausalLM.from_config(config)(torch.tensor([[1, 2, 3]])).logits.shape))
 print(is_kernels_available())
 """
-    lines = run([sys.executable, "-c", program], ROOT).split()
-    assert Path(lines[0]) == ROOT / "kernels" / "__init__.py"
-    assert "".join(lines[1:4]) == "(1,3,32)"
-    assert lines[4] == "False"
+    found, shape, available = run([sys.executable, "-c", program], ROOT).splitlines()
+    assert Path(found) == ROOT / "kernels" / "__init__.py"
+    assert shape == "(1, 3, 32)"
+    assert available == "False"
 
 
 @pytest.fixture(scope="module")
