@@ -1,4 +1,4 @@
-"""Masks replaced because samples agreed: the runtime asks for every new set of sizes, and keeps the mask where they differ."""
+"""Masks replaced because samples agreed: the runtime asks at every new size, and keeps the mask where they differ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_a_guard_that_fails_switches_to_the_graph_with_masks() -> None:
         return False
 
     served.run.fast.program.guards[:] = [wrong]
-    for node in served.run.fast.program.graph.nodes:  # what the guard protects from: a causal attention made bidirectional
+    # what the guard protects from: a causal attention made bidirectional
+    for node in served.run.fast.program.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "attention":
             node.update_arg(9, -1)
     served.run.fast.program.gm.recompile()
