@@ -188,6 +188,9 @@ class Builder:
         if self.options.dry_run:
             return Served(tried.candidate, self._guarded(tried.candidate, program))
         entry.certificate = tried.certificate if self.options.verify != "off" else None
+        if tried.certificate.passed:
+            disagreement = certifier.disagreement()
+            entry.notes += [disagreement] if disagreement is not None else []
         if not tried.certificate.passed:
             raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
         self._pack(tried.candidate, entry)

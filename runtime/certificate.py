@@ -90,6 +90,7 @@ class Judge:
 
         `eager` measures against the model's own eager attention, otherwise against the one it is configured with.
         """
+        self._module, self._forward, self._static = module, forward, static
         self.dtype = dtype_of(module)
         target = higher(self.dtype)
         self.oracle = f"the original's code in {str(target).removeprefix('torch.')}"
@@ -129,6 +130,25 @@ class Judge:
                 if old.numel() < FEW:
                     noise[name] = max(noise.get(name, 0.0), distance(old, best).largest)
         return noise
+
+    @torch.no_grad()
+    def configured_differs(self) -> str | None:
+        """How the attention the model is configured with departs from its own eager code, or None.
+
+        Seen on the first case: its error against the oracle beyond what the eager code's own rounding explains.
+        """
+        truth = self._truths[0]
+        inputs = {**truth.case.tensors, **self._static}
+        configured = named_outputs(run_reference(self._module, self._forward, inputs, eager=False))
+        for name, eager in truth.original.items():
+            if name not in configured or configured[name].shape != eager.shape:
+                continue
+            other, old, best = (truth.case.real(name, t) for t in (configured[name], eager, truth.oracle[name]))
+            error = distance(other, best)
+            bound = bound_for(distance(old, best), best, self.dtype)
+            if error.largest > 4 * bound.largest:
+                return f"{name} differs by {error.largest:.2e}, where rounding explains {bound.largest:.2e}"
+        return None
 
     @torch.no_grad()
     def measure(self, run: Callable[[Mapping[str, torch.Tensor]], Any]) -> Certificate:

@@ -40,12 +40,31 @@ class Certifier:
             weights,
         )
         self._judge: Judge | None = None
+        self._judge_is_eager = True
 
     def measure(self, run: Run) -> Certificate:
         """The certificate of a candidate."""
         if self._judge is None:
             self._judge = self._make_judge(eager=True)
         return self._judge.measure(run)
+
+    def disagreement(self) -> Note | None:
+        """A note where the attention the model is configured with computes something else than its own eager code.
+
+        The graph then follows the eager code, which is what the model's authors wrote; the certificate is against it.
+        """
+        configured = self._configured()
+        if self._judge is None or not self._judge_is_eager or not configured:
+            return None
+        difference = self._judge.configured_differs()
+        if difference is None:
+            return None
+        message = f"{configured[0]}, which the model is configured with, does not compute what its eager attention does"
+        return Note("", f"{message} ({difference}); the graph follows the eager attention")
+
+    def _configured(self) -> list[str]:
+        names = {getattr(getattr(m, "config", None), "_attn_implementation", None) for m in self._module.modules()}
+        return sorted(n for n in names if isinstance(n, str) and n != "eager")
 
     def check_capture(self, run: Run) -> Note | None:
         """Measure the captured graph itself, before it is asked which rewrite broke it.
@@ -59,12 +78,11 @@ class Certifier:
         captured = self.measure(run)
         if captured.passed:
             return None
-        names = {getattr(getattr(m, "config", None), "_attn_implementation", None) for m in self._module.modules()}
-        configured = sorted(n for n in names if isinstance(n, str) and n != "eager")
+        configured = self._configured()
         if configured:
             other = self._make_judge(eager=False)
             if other.measure(run).passed:
-                self._judge = other
+                self._judge, self._judge_is_eager = other, False
                 message = (
                     f"the model's eager attention is not what {configured[0]}, which it is configured with, computes"
                 )

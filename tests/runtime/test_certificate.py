@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from runtime_models import Identity, Real, optimized, tiny_llama, tokens
 
+import regraft
 from regraft.compiler.capture import capture
 from regraft.compiler.records import PassResult, Rewrite
 from regraft.compiler.rule import Rule, Stage
@@ -270,3 +272,12 @@ def test_repair_reverts_the_wrong_site_of_a_rule() -> None:
     final, reverted = repair(attempt, "logits are off")
     assert final.certificate.passed
     assert [(r.rule, r.module) for r in reverted] == [("norm", "module.c")]
+
+
+def test_a_configured_attention_that_computes_something_else_is_told() -> None:
+    """transformers' sdpa drops Gemma 2's softcap: the graph follows the eager code, and the report says so."""
+    model, _ = zoo.build("gemma2")
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.05
+    notes = [n.message for n in regraft.optimize(model, verbose=False).report.notes]
+    assert any("does not compute what its eager attention does" in n for n in notes), notes
