@@ -35,6 +35,8 @@ class Check:
     """max |rewritten - oracle|"""
     bound: float
     passed: bool
+    other_form: str = ""
+    """`float64 [2, 9] instead of float32 [2, 9]` where the replacement gives another dtype or shape."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from .match import GraphIndex
+from .opset import Role, role_of
 from .program import Program
 from .provenance import common_module, module_of, source_of, stamp
 from .records import Check, PassResult, Reverted, Rewrite
@@ -103,7 +104,13 @@ def rewrite(
     for _ in range(ROUNDS):
         index = GraphIndex(graph)
         misses = []
-        sites = [site for rule in rules for site in collect(rule, index, policy.deny, misses)]
+        sites = []
+        for rule in rules:
+            try:
+                sites += collect(rule, index, policy.deny, misses)
+            except Exception as error:  # noqa: BLE001 - a rule's code may raise anything, on graphs its author never saw
+                result.reverted.append(Reverted(rule.name, "", "", f"the rule itself raised {_told(error)}"))
+                policy = replace(policy, deny={*policy.deny, (rule.name, "*")})
         candidates, settled = [], set()
         for site in sites:  # only now: emitted nodes would disturb checks
             try:
@@ -113,8 +120,9 @@ def rewrite(
                 settled.add((site.rule.name, site.outputs[0].name))
         declined = {c for c in candidates if policy.cost and not c.saves}
         kept: set[Candidate] = set()
+        beside = {n for c in candidates for n in c.new}
         for candidate in _choose([c for c in candidates if c not in declined]):
-            if _too_early(candidate):
+            if _misplaced(candidate, beside):
                 continue  # the next round sees the graph as it is then
             outcome = _judge(candidate, policy, refused)
             if isinstance(outcome, Reverted):
@@ -123,6 +131,7 @@ def rewrite(
                 continue
             result.rewrites.append(_apply(graph, candidate, outcome))
             kept.add(candidate)
+            beside.difference_update(candidate.new)
         for candidate in candidates:
             if candidate not in kept:
                 _erase(graph, candidate.new)
@@ -156,8 +165,13 @@ def _build(site: Site, graph: fx.Graph, index: GraphIndex, policy: Policy, value
         if len(outputs) != len(old_outputs):
             raise ValueError(f"it returned {len(outputs)} nodes for {len(old_outputs)} outputs")
         for node, replaced in zip(outputs, old_outputs, strict=True):
+            if not isinstance(node, fx.Node):
+                raise TypeError(f"it returned {node!r}, which is not a node of the graph")
             if node in emitter.nodes and "val" in replaced.meta:
                 node.meta.setdefault("val", replaced.meta["val"])
+        for node in emitter.nodes:
+            if role_of(node) is Role.MUTATE:
+                raise ValueError(f"{node.target} writes to memory; a replacement must leave its operands as they are")
         propagate(emitter.nodes, values)
     except Exception as error:
         _erase(graph, emitter.nodes)
@@ -179,11 +193,17 @@ def _place(graph: fx.Graph, inputs: Sequence[fx.Node], first: fx.Node, index: Gr
     return place
 
 
-def _too_early(candidate: Candidate) -> bool:
-    """True where a user stands before the replacement: its place was found before other candidates were applied."""
-    inside = {*candidate.old, *candidate.new}
-    pairs = zip(candidate.old_outputs, candidate.new_outputs, strict=True)
-    return any(user < new for old, new in pairs for user in old.users if user not in inside)
+def _misplaced(candidate: Candidate, beside: set[fx.Node]) -> bool:
+    """Whether its inputs, moved by candidates applied before it, stand behind it, or a user stands before it.
+
+    Users that stand `beside` the graph belong to candidates that are not applied yet.
+    """
+    if any(given > node for node in candidate.new for given in node.all_input_nodes):
+        return True
+    for old, new in zip(candidate.old_outputs, candidate.new_outputs, strict=True):
+        if any(user < new and user not in beside and user not in candidate.old for user in old.users):
+            return True
+    return False
 
 
 def propagate(nodes: Sequence[fx.Node], known: FakeValues) -> None:
@@ -298,7 +318,9 @@ def _apply(graph: fx.Graph, candidate: Candidate, check: Check | None) -> Rewrit
 
 def _reverted(candidate: Candidate, check: Check) -> Reverted:
     before, after, bound = check.error_before, check.error_after, check.bound
-    if after > bound:
+    if check.other_form:
+        reason = f"it gives {check.other_form}"
+    elif after > bound:
         reason = f"error {after:.3g} where the original has {before:.3g} and {bound:.3g} is allowed"
     else:
         reason = f"error {after:.3g} where the original has {before:.3g}: too large on average, or another meaning"

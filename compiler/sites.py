@@ -154,7 +154,7 @@ def grouped(misses: Misses) -> list[NearMiss]:
     """Identical misses over layers become one with a count; numbers in names do not make them different."""
     found: dict[tuple[str, ...], NearMiss] = {}
     for miss in (_near_miss(rule, failure, size) for rule, failure, size in misses):
-        key = (miss.rule, re.sub(r"\d+", "*", miss.module), miss.source, miss.wanted, re.sub(r"_?\d+", "*", miss.found))
+        key = (miss.rule, re.sub(r"\d+", "*", miss.module), miss.source, miss.wanted, re.sub(r"_?\d+", "", miss.found))
         first = found.get(key)
         found[key] = miss if first is None else replace(first, module=key[1], count=first.count + 1)
     return list(found.values())

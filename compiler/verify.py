@@ -197,7 +197,8 @@ def compare(
     tensors = [t for t in tree_leaves(before) if isinstance(t, torch.Tensor)]
     for a, b in zip([t for t in tree_leaves(after) if isinstance(t, torch.Tensor)], tensors):
         if a.dtype != b.dtype or a.shape != b.shape:
-            return Check(0.0, float("inf"), 0.0, False)
+            form = f"{a.dtype} {list(a.shape)} instead of {b.dtype} {list(b.shape)}"
+            return Check(0.0, float("inf"), 0.0, False, form)
     if _identical(before, after):
         return Check(0.0, 0.0, 0.0, True)
     floating = [t.dtype for t in tensors if t.is_floating_point()]
