@@ -58,7 +58,7 @@ def make_cases(
 
 def _case(name: str, tensors: dict[str, torch.Tensor], encoder_decoder: bool) -> Case:
     mask = tensors.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-    rows = mask != 0 if mask is not None and mask.ndim == 2 and not mask.is_floating_point() else None
+    rows = mask != 0 if mask is not None and mask.ndim == 2 and bool((mask >= 0).all()) else None  # not an added mask
     return Case(name, tensors, rows)
 
 

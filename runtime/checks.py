@@ -112,12 +112,17 @@ def _check_wrapping(model: nn.Module) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("the model is a TorchScript module; give the original nn.Module")
-    adapters = [n for n, m in model.named_modules() if _from_package(m, "peft")]
+    adapters = adapters_in(model)
     if adapters:
         raise UnsupportedModelError(
             f"the model carries PEFT adapters ({adapters[0] or name}, {len(adapters)} modules), whose weights may be "
             "switched at run time. Merge them first: model = model.merge_and_unload(); then regraft.optimize(model)"
         )
+
+
+def adapters_in(model: nn.Module) -> list[str]:
+    """Names of the modules that PEFT put there."""
+    return [n for n, m in model.named_modules() if _from_package(m, "peft")]
 
 
 def _from_package(module: nn.Module, package: str) -> bool:

@@ -22,7 +22,7 @@ from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .cases import by_tokens
-from .checks import check_inputs
+from .checks import adapters_in, check_inputs
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
 from .options import Options
@@ -115,7 +115,12 @@ class Dispatch:
             return self._by_original(call.unserved, args, kwargs)
         served = self._find(bound, call)
         if isinstance(served, Unserved):
-            return self._by_original(served.reason, args, kwargs, by_parts=bool(self.parts))
+            try:
+                return self._by_original(served.reason, args, kwargs, by_parts=bool(self.parts))
+            except Exception:
+                if self._table.get(call.key) is served:  # these arguments were wrong: that is not the signature's fault
+                    del self._table[call.key]
+                raise
         if call.past is not None and not served.fits(call.past):
             return self._by_original("a past_key_values of another kind than the model makes", args, kwargs)
         output = served.run(call.tensors)
@@ -167,6 +172,9 @@ class Dispatch:
     def _capture(self, bound: _Bound, call: Call) -> Served | Unserved:
         if len(self.graphs) >= MAX_SIGNATURES:
             return Unserved(f"a signature beyond the {MAX_SIGNATURES} that are kept")
+        adapters = adapters_in(self.module)
+        if adapters:
+            return Unserved(f"PEFT adapters in the model ({adapters[0]}), which may be switched between calls")
         known = self._table.get(call.key, [])
         assert isinstance(known, list)
         if len(known) >= MAX_VARIANTS:

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as registry
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks")
+EVERYWHERE: tuple[Mapping[int, Any], ...] = (registry._global_forward_hooks, registry._global_forward_pre_hooks)
+"""Torch's own tables of the hooks that run around every module."""
 HARMLESS = ("transformers.utils.output_capturing",)
 """Modules whose hooks only record what `output_hidden_states` asks for, which a graph returns anyway."""
 
@@ -25,6 +28,9 @@ class Hooks:
 
     def foreign(self) -> str | None:
         """The name of a submodule with a hook, or None."""
+        for table in EVERYWHERE:
+            if any(getattr(hook, "__module__", None) not in HARMLESS for hook in table.values()):
+                return "every module"
         if not any(self._tables):
             return None
         for name, table in zip(self._names, self._tables, strict=True):

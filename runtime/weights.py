@@ -129,7 +129,6 @@ class Weights:
     def look_again(self) -> None:
         """After `Change.FORM`: forget what was packed and start from what is there now."""
         self.restore()
-        self._look()
 
     @torch.no_grad()
     def repack(self) -> None:
@@ -137,7 +136,9 @@ class Weights:
         for key, pack in list(self.packs.items()):
             sources = self._sources(pack.recipe)
             if pack.views:
-                self._lay(pack, sources)
+                if not in_place(pack.value, sources):
+                    # never into the old buffer: what was replaced or set aside may still be a view of it
+                    self.packs[key] = self._concatenate(pack.recipe)
             elif not (_fresh(pack) and all(map(is_, sources, pack.sources))):
                 self.packs[key] = self._copy(pack.recipe)
         self._note(list(map(getitem, self._tables, self._names)))
@@ -204,13 +205,18 @@ class Weights:
     @torch.no_grad()
     def restore(self) -> None:
         """Independent contiguous parameters again, bit for bit, one packed weight at a time."""
-        self.keep(())
+        self._undo(list(self.packs))
+        self._look()
 
     @torch.no_grad()
     def keep(self, recipes: Iterable[Recipe]) -> None:
         """Undo every packed weight but these."""
         wanted = {pack_key(r) for r in recipes}
-        for key in [k for k in self.packs if k not in wanted]:
+        self._undo([k for k in self.packs if k not in wanted])
+        self._note(list(map(getitem, self._tables, self._names)))
+
+    def _undo(self, keys: Iterable[PackKey]) -> None:
+        for key in keys:
             pack = self.packs.pop(key)
             if pack.views:
                 start = pack.value.data_ptr()
@@ -218,7 +224,6 @@ class Weights:
                 for source in pack.sources:
                     if start <= source.data_ptr() < end:
                         source.data = source.data.clone(memory_format=torch.contiguous_format)
-        self._note(list(map(getitem, self._tables, self._names)))
 
     def packed_bytes(self) -> tuple[int, int]:
         """Bytes held as buffers the parameters are views of, and as copies beside the parameters."""
@@ -247,6 +252,15 @@ def lay(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
     for source, rows in moved:
         rows.copy_(inside.get(id(source), source))
         source.data = rows
+
+
+def in_place(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
+    """Whether the sources are the rows of the buffer, in order."""
+    starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
+    return all(
+        s.data_ptr() == value[start:].data_ptr() and s.is_contiguous()
+        for s, start in zip(sources, starts, strict=False)
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runtime_models import Identity, optimized, tiny_llama, tokens
+from runtime_models import Identity, Real, optimized, tiny_llama, tokens
 
 from regraft.runtime.dispatch import Dispatch
 from regraft.runtime.errors import InputError, RegraftWarning
@@ -385,3 +385,51 @@ def test_a_length_whose_unrolled_graph_would_take_minutes_is_left_to_the_origina
             out = model(tokens(2, 400))
     torch.testing.assert_close(out, model.forward.original(tokens(2, 400)).detach())
     assert counted(model) == {"graph": 2, "original": 1}
+
+
+def test_wrong_arguments_do_not_condemn_their_signature() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3)).eval()
+    module = optimized(module, example_inputs={"input": torch.arange(5)})
+    right, wrong = torch.randint(0, 7, (2, 5)), torch.full((2, 5), 7)
+    with pytest.raises(IndexError), pytest.warns(RegraftWarning, match="could not be captured"):
+        module(wrong)
+    torch.testing.assert_close(module(right), module.forward.original(right).detach())
+    assert counted(module) == {"graph": 1, "original": 1}
+
+
+def test_hooks_on_every_module_are_not_bypassed() -> None:
+    model = optimized(tiny_llama())
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with pytest.warns(RegraftWarning, match="a hook on every module"):
+            model(tokens(), attention_mask=torch.ones_like(tokens()))
+    finally:
+        handle.remove()
+    assert "LlamaMLP" in seen
+
+
+def test_a_mask_of_floats_marks_real_rows_too() -> None:
+    model = optimized(tiny_llama(), Real())
+    mask = torch.ones(2, 9)
+    mask[0, :4] = 0
+    expected = tiny_llama()(tokens(), attention_mask=mask).logits.detach()
+    found = model(tokens(), attention_mask=mask).logits
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], **TOLERANCE)
+    entry = model.report.signatures[-1]
+    assert "attention_mask float32[2]" in entry.arguments and entry.served and not entry.reverted
+
+
+def test_adapters_added_afterwards_go_to_the_original() -> None:
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = optimized(tiny_llama())
+    adapted = peft.get_peft_model(model, config).eval()
+    with pytest.warns(RegraftWarning, match="PEFT adapters"):
+        adapted(tokens())
+    with adapted.disable_adapter():
+        expected = tiny_llama()(tokens()).logits.detach()
+        torch.testing.assert_close(adapted(tokens()).logits.detach(), expected, **TOLERANCE)
+    assert counted(model)["graph"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runtime_models import medium_llama, tiny_llama, tokens
+from runtime_models import Real, medium_llama, optimized, tiny_llama, tokens
 
 import regraft
 from regraft.runtime.dispatch import Dispatch
@@ -100,6 +101,62 @@ def test_a_wrong_rule_of_the_user_is_caught_and_named() -> None:
     torch.testing.assert_close(found, tiny_llama()(tokens()).logits.detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(regraft.StrictError, match="wrong_silu"):
         regraft.optimize(tiny_llama(), rules=[WrongSilu()], strict=True, verbose=False)
+
+
+class _OnLinear(regraft.Rule):
+    stage = regraft.Stage.RAISE
+
+    def pattern(self, p: Any, x: Any, w: Any) -> Any:
+        return p.linear(x, w, None)
+
+    def emit(self, m: Any, g: Any) -> Any:
+        return g.linear(m.x, m.w, None)
+
+
+class FailingPattern(_OnLinear):
+    def pattern(self, p: Any, x: Any) -> Any:
+        raise KeyError("no such thing")
+
+
+class FailingLabel(_OnLinear):
+    def describe(self, m: Any) -> str:
+        raise KeyError("no such thing")
+
+
+class NoNode(_OnLinear):
+    def emit(self, m: Any, g: Any) -> Any:
+        return None
+
+
+class OtherDtype(_OnLinear):
+    def emit(self, m: Any, g: Any) -> Any:
+        return g.call(torch.ops.aten._to_copy.default, g.linear(m.x, m.w, None), dtype=torch.float64)
+
+
+class Writing(_OnLinear):
+    def emit(self, m: Any, g: Any) -> Any:
+        doubled = g.call(torch.ops.aten.mul_.Tensor, m.x, 2.0)
+        return g.mul(g.linear(doubled, m.w, None), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (FailingPattern(), "the rule itself raised KeyError: 'no such thing'"),
+        (FailingLabel(), "the rule itself raised KeyError: 'no such thing'"),
+        (NoNode(), "None, which is not a node"),
+        (OtherDtype(), "torch.float64 .* instead of torch.float32"),
+        (Writing(), "aten.mul_.Tensor writes to memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, regraft.Rule) else "",
+)
+def test_a_rule_that_fails_costs_nothing_but_itself(rule: regraft.Rule, message: str) -> None:
+    model = optimized(tiny_llama(), Real(), rules=(rule,))
+    mask = torch.ones_like(tokens())
+    torch.testing.assert_close(model(tokens(), attention_mask=mask).logits, tiny_llama()(tokens()).logits.detach())
+    assert model.report.calls == {"graph": 1, "original": 0}
+    assert {r.rule for r in model.report.reverted} == {rule.name}
+    assert all(re.search(message, r.reason) for r in model.report.reverted)
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

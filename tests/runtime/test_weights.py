@@ -266,3 +266,38 @@ def test_restored_model_equals_the_one_before() -> None:
     restore(model)
     assert all(torch.equal(t, reference[n]) for n, t in model.state_dict().items())
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
+def test_functional_call_leaves_the_weights_alone() -> None:
+    model, other = optimized(tiny_llama(), Real()), tiny_llama(seed=5)
+    found = torch.func.functional_call(model, dict(other.named_parameters()), (tokens(),)).logits
+    torch.testing.assert_close(found.detach(), tiny_llama(seed=5)(tokens()).logits.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(tokens()).logits, tiny_llama()(tokens()).logits.detach(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_llama().parameters(), strict=True))
+
+
+def test_values_set_aside_are_not_overwritten() -> None:
+    """Averaged weights are tried out by exchanging `.data`, and exchanged back."""
+    model = tiny_llama()
+    weights = packed(model, concatenation(*QKV))
+    (query, *_) = parameters(model, QKV)
+    before, aside = query.detach().clone(), query.data
+    query.data = torch.zeros_like(before)
+    assert settle(weights) is Change.VALUES and not bool(value(weights)[: len(before)].any())
+    query.data = aside
+    assert settle(weights) is Change.VALUES
+    assert torch.equal(query, before) and torch.equal(value(weights)[: len(before)], before)
+
+
+def test_a_parametrized_weight_is_followed_and_given_back() -> None:
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    model, reference = optimized(tiny_llama(), Real()), tiny_llama()
+    for each in (model, reference):
+        nn.utils.parametrize.register_parametrization(each.model.layers[0].mlp.up_proj, "weight", Double())
+    expected = reference(tokens()).logits.detach()
+    torch.testing.assert_close(model(tokens()).logits.detach(), expected, rtol=1e-4, atol=1e-5)
+    restore(model)
+    assert torch.equal(model(tokens()).logits, expected)
