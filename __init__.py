@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from .compiler.errors import CaptureError
 from .compiler.rule import Emitter, GroupRule, Match, Reject, Rule, Stage
+from .compiler.selftest import SelfTestError, self_test
 from .runtime.errors import (
     InputError,
     OptionError,
@@ -36,9 +37,11 @@ __all__ = [
     "RegraftWarning",
     "Reject",
     "Rule",
+    "SelfTestError",
     "Stage",
     "StrictError",
     "UnsupportedModelError",
     "optimize",
     "restore",
+    "self_test",
 ]
