@@ -15,3 +15,5 @@ def test_the_right_rule_is_taken_and_the_wrong_one_reverted(capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "softcap: fused ['div + tanh + mul -> softcap (x1)'], reverted nothing" in out
     assert "wrong_softcap: fused nothing, reverted ['wrong_softcap" in out
+    assert "softcap: 3 graphs in fp64 and 3 in bf16 compute the same" in out
+    assert "rule wrong_softcap changes the result by" in out
