@@ -4,7 +4,7 @@
 
 Gemma 2 caps its logits, `tanh(logits / cap) * cap`: three passes over the largest tensor of the model. An op of our own
 does it in one, and ten lines tell regraft where to put it. `regraft.self_test` tries the rule without a model: it
-builds the pattern as a graph on random tensors, applies the rule and compares. On a model it is verified like any other.
+builds the pattern as a graph on random tensors, applies the rule and compares. On a model it is verified like any rule.
 """
 
 from __future__ import annotations

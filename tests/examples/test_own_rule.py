@@ -1,4 +1,4 @@
-"""The example of a rule of one's own runs: it asserts itself that the right rule is taken and the wrong one reverted."""
+"""The example of a rule of one's own: the right rule is taken, the wrong one caught, without a model and on one."""
 
 from __future__ import annotations
 
