@@ -53,9 +53,10 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
     stage = Stage.CANONICALIZE if name == "canonicalize" else Stage.RAISE
     result = PassResult(name, stage.name, nodes_before=len(graph.nodes))
     note_numbers(program)
+    functional = all(role_of(n) is not Role.MUTATE for n in graph.nodes if n.op == "call_function")
     for node in list(graph.nodes):
         if node.op == "call_function" and not node._erased:
-            _simplify(graph, node, removed)
+            _simplify(graph, node, removed, functional)
     for _ in range(4):
         if not _merge_equal(graph, removed) + _merge_reshapes(graph, removed) + _merge_transposes(graph, removed):
             break
@@ -109,7 +110,8 @@ def same_size(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a == b
 
 
-def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
+def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str], functional: bool) -> None:
+    """One node. Where something in the graph is written to, copies are not nothing: they stay."""
     target = node.target
     if target in _ASSERTIONS:
         graph.erase_node(node)
@@ -130,7 +132,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
         return
     elif target in (aten.permute.default, aten.t.default):
         _to_transpose(node)
-    kind = _no_op(node, source)
+    kind = _no_op(node, source) if functional else None
     if kind is not None:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
