@@ -39,6 +39,6 @@ class RegraftWarning(UserWarning):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'rope'?` where one of `known` is near `name`, else an empty string."""
+    """`, did you mean 'rope'?` where one of `known` is near `name`, else a full stop."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {match[0]!r}?" if match else ""
+    return f", did you mean {match[0]!r}?" if match else "."

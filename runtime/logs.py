@@ -23,12 +23,20 @@ TOPICS = ("fusions", "misses", "recompiles", "certificate", "autotune")
 
 
 def listen(environ: Mapping[str, str] | None = None) -> None:
-    """Let the topics of `REGRAFT_LOGS` speak.
+    """Let the topics of `REGRAFT_LOGS` speak, and make the folder of `REGRAFT_DUMP_DIR`.
 
     Raises:
-        OptionError: a topic that does not exist.
+        OptionError: a topic that does not exist, or a folder that cannot be made.
     """
     environ = os.environ if environ is None else environ
+    directory = environ.get("REGRAFT_DUMP_DIR")
+    if directory:
+        try:
+            Path(directory).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"REGRAFT_DUMP_DIR={directory!r} is no folder that can be made: {error.strerror}"
+            ) from error
     wanted = environ.get("REGRAFT_LOGS", "").replace(",", " ").split()
     if not wanted:
         return

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ def make_options(
     if environ.get("REGRAFT_PASSES"):
         words = environ["REGRAFT_PASSES"].replace(",", " ").split()
         chosen |= parse_passes(words, known_passes, "REGRAFT_PASSES")
+    if not isinstance(cache_dir, (str, os.PathLike, NoneType)):
+        raise OptionError(f"cache_dir={cache_dir!r}: expected the path of a folder")
     directory = cache_dir if cache_dir is not None else environ.get("REGRAFT_CACHE_DIR") or None
     return Options(
         rules=_rules(rules, is_rule),
@@ -121,6 +124,10 @@ def parse_passes(passes: PassChoice, known: Sequence[str], where: str) -> dict[s
         passes = passes.replace(",", " ").split()
     if isinstance(passes, Mapping):
         chosen = dict(passes)
+    elif not isinstance(passes, Iterable):
+        raise OptionError(
+            f"{where}={passes!r}: expected a mapping such as {{'rope': False}} or a list such as ['-rope']"
+        )
     else:
         chosen = {}
         for word in passes:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from regraft.runtime.errors import InputError, OptionError
+from regraft.runtime.logs import listen
 from regraft.runtime.options import Options, make_options, parse_passes
 
 PASSES = ("rms_norm", "rope", "attention", "qkv")
@@ -34,6 +35,9 @@ def test_defaults() -> None:
         ({"passes": ["-atention"]}, "unknown pass 'atention', did you mean 'attention'"),
         ({"passes": {"rope": 0}}, "'rope' is 0; expected True or False"),
         ({"passes": [1]}, "1 is not a pass name"),
+        ({"passes": 7}, "passes=7: expected a mapping"),
+        ({"passes": ["-canonicalize"]}, "unknown pass 'canonicalize'. Known passes: rms_norm"),
+        ({"cache_dir": 5}, "cache_dir=5: expected the path of a folder"),
         ({"strict": "yes"}, "strict='yes'"),
         ({"dry_run": 1}, "dry_run=1"),
         ({"verbose": 3}, "verbose=3"),
@@ -70,3 +74,9 @@ def test_environment_is_applied_after_the_arguments() -> None:
 
 def test_strict_raises_as_on_error_does() -> None:
     assert options(strict=True).raises and options(on_error="raise").raises
+
+
+def test_a_dump_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match=r"REGRAFT_DUMP_DIR='.*file/dump' is no folder"):
+        listen({"REGRAFT_DUMP_DIR": str(tmp_path / "file" / "dump")})
