@@ -92,6 +92,8 @@ _SPECS = (
     _spec("repeat_interleave", aten.repeat_interleave.self_int),
     _spec("cast", aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, role=Role.CAST),
     _spec("reshape", aten.view.default, aten._unsafe_view.default, aten.reshape.default, role=Role.VIEW),
+    _spec("view_as_complex", aten.view_as_complex.default, role=Role.VIEW),
+    _spec("view_as_real", aten.view_as_real.default, role=Role.VIEW),
     _spec("flatten", aten.flatten.using_ints, role=Role.VIEW),
     _spec("unflatten", aten.unflatten.int, role=Role.VIEW),
     _spec("transpose", aten.transpose.int, role=Role.VIEW),

@@ -3,6 +3,7 @@
     x*cos + cat(-x2, x1)*sin                          halves              (llama, NeoX)
     x*cos + stack(-x[1::2], x[::2]).flatten*sin       interleaved         (GPT-J, GLM, Cohere)
     cat(x1*cos - x2*sin, x2*cos + x1*sin)             half-width tables   (gpt-oss; DeepSeek: x1 = x[::2], x2 = x[1::2])
+    view_as_real(view_as_complex(pairs of x) * freqs) complex tables       (Llama 4, DeepSeek V2)
     ->  rope(x, cos, sin, layout, compute_dtype)
 
 A rotation of the first R of D elements, `cat(rope(x[:R]), x[R:])`, is one op too. x may be brought to another dtype
@@ -22,6 +23,7 @@ from ..compiler.rule import Emitter, Reject, Rule, Stage
 
 aten = torch.ops.aten
 _END = 2**62
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def _width(m: Match) -> int | None:
@@ -170,6 +172,41 @@ class RopeHalfTables(Rule):
         return g.rope(x, cos, sin, "half", None)
 
 
+class RopeComplex(Rule):
+    """Pairs of elements as complex numbers, times exp(i*angle). A complex product may round otherwise, like SDPA."""
+
+    stage = Stage.RAISE
+    label = "rope"
+
+    def pattern(self, p: Builder, x: Any, freqs: Any) -> Any:
+        pairs = p.view_as_complex(p.view(p.cast(x, "x_dtype"), "pairs"))
+        return p.cast(p.view(p.view_as_real(p.mul(pairs, freqs)), "shape"))
+
+    def check(self, m: Match) -> Reject | None:
+        x, freqs, result = m.val(m.x), m.val(m.freqs), m.anchor.meta["val"]
+        compute, width = m.x_dtype or x.dtype, result.shape[-1]
+        if not isinstance(width, int) or width % 2:
+            return Reject("the last dimension is not an even number", m.x)
+        if not isinstance(freqs, torch.Tensor) or freqs.dtype is not _COMPLEX.get(compute):
+            return Reject(f"x is {compute}, the tables are not the complex numbers of that", m.freqs)
+        if freqs.shape[-1] != width // 2:
+            return Reject(f"tables of {freqs.shape[-1]} for {width // 2} pairs", m.freqs)
+        if result.dtype is not x.dtype:
+            return Reject(f"the result is {result.dtype}, the input {x.dtype}", m.x)
+        pairs = m.only(aten.view_as_complex.default)[0].args[0].meta["val"]  # type: ignore[union-attr]
+        if [str(s) for s in pairs.shape] != [*(str(s) for s in result.shape[:-1]), str(width // 2), "2"]:
+            return Reject("the pairs are not neighbours in the last dimension", m.x)
+        return None
+
+    def emit(self, m: Match, g: Emitter) -> fx.Node:
+        x, shape = m.x, m.anchor.meta["val"].shape
+        if [str(s) for s in m.val(x).shape] != [str(s) for s in shape]:
+            x = g.reshape(x, [*m.pairs[:-2], shape[-1]])  # heads were taken apart and paired in one step
+        tables = g.view_as_real(m.freqs)
+        cos, sin = (g.repeat_interleave(g.select(tables, -1, i), 2, -1) for i in (0, 1))
+        return g.rope(x, cos, sin, "interleaved", m.x_dtype)
+
+
 class RopePartial(Rule):
     """cat(rope(x[..., :R]), x[..., R:]) -> rope(x): the op leaves the rest as it is."""
 
@@ -192,4 +229,4 @@ class RopePartial(Rule):
         return g.rope(m.x, m.cos, m.sin, m.layout, m.compute_dtype)
 
 
-RULES = (RopeHalf(), RopeInterleaved(), RopeHalfTables(), RopePartial())
+RULES = (RopeHalf(), RopeInterleaved(), RopeHalfTables(), RopeComplex(), RopePartial())

@@ -70,6 +70,14 @@ def rope_half_tables(draw: int) -> dict[str, Any]:
     return {"x": torch.randn(2, 3, 5 + 2 * draw, width), **(pairs if draw % 2 else halves), **tables(draw, width // 2)}
 
 
+def rope_complex(draw: int) -> dict[str, Any]:
+    width = 6 + 4 * draw
+    value = torch.randn(2, 3, 5 + 2 * draw, width, dtype=torch.float64)
+    angles = torch.randn(5 + 2 * draw, width // 2, dtype=torch.float64)
+    shapes = {"pairs": [*value.shape[:-1], width // 2, 2], "shape": list(value.shape)}
+    return {"x": value, "freqs": torch.polar(torch.ones_like(angles), angles), **shapes}
+
+
 def rope_partial(draw: int) -> dict[str, Any]:
     rotated, kept = 4 + 2 * draw, 3 + draw
     given = {"layout": "interleaved" if draw % 2 else "half", "compute_dtype": None}
@@ -230,6 +238,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "rope_interleaved": rope_interleaved,
     "rope_half_tables": rope_half_tables,
     "rope_partial": rope_partial,
+    "rope_complex": rope_complex,
     "norm_rope": norm_rope,
     **{name: lambda d: {"x": 2 * x(d, 7)} for name in RULES if name.startswith("activation_")},
     "glu": lambda d: {"gate": x(d, 7), "up": x(d, 7), "kind": ("silu", "gelu")[d % 2]},
