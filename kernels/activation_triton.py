@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activation as ops
-from .launch import collapse, on_device, refuse_different_shapes, refuse_tensors
+from .launch import collapse, empty_like, launch, on_device, refuse_different_shapes, refuse_tensors
 from .op import Kernel, Signature
 from .rms_norm_triton import row_offsets
 from .tuning import RowMemory, choose
@@ -131,7 +131,7 @@ def _activation_kernel(
 def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     if up is not None and up.shape != x.shape:  # sizes that were not known when the kernel was chosen
         x, up = torch.broadcast_tensors(x, up)
-    y = torch.empty_like(x) if up is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, up.dtype))
+    y = empty_like(x) if up is None else empty_like(x, dtype=torch.promote_types(x.dtype, up.dtype))
     if x.numel() == 0:
         return y
     u = x if up is None else up
@@ -142,7 +142,9 @@ def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     config = choose("activation", {"N": n}, RowMemory(0), x.device)
     col_blocks = triton.cdiv(n, config["BLOCK_N"])
     with on_device(x):
-        _activation_kernel[(n0 * n1 * n2 * col_blocks,)](
+        launch(
+            _activation_kernel,
+            (n0 * n1 * n2 * col_blocks,),
             x,
             u,
             y,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import attention as ops
 from .activation_triton import tanh
-from .launch import ALIGNMENT, on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
+from .launch import ALIGNMENT, empty, launch, on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
 from .op import Kernel, Signature, TensorSpec
 from .tuning import MANY, Config, choose, refuse_memory
 
@@ -246,7 +246,7 @@ def attention(
     """As the op `attention`."""
     batch, heads, queries, d = q.shape
     kv_heads, keys, dv = v.shape[1:]
-    o = v.new_empty(batch, queries, heads, dv)
+    o = empty((batch, queries, heads, dv), v.dtype, v.device)
     if o.numel() == 0:
         return o
     shape = (batch, heads, queries, keys)
@@ -259,7 +259,9 @@ def attention(
     config = choose("attention", *_plan(d, dv, q.element_size(), queries, mask, bias, aligned), q.device)
     q_blocks = triton.cdiv(queries, config["BLOCK_M"])
     with on_device(q):
-        _attention_kernel[(q_blocks * heads * batch,)](
+        launch(
+            _attention_kernel,
+            (q_blocks * heads * batch,),
             q,
             k,
             v,

@@ -11,7 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layer_norm as ops
-from .launch import TL_DTYPES, collapse, on_device, refuse_different_shapes, refuse_tensors, refuse_vector, refuse_width
+from .launch import (
+    TL_DTYPES,
+    collapse,
+    empty,
+    empty_like,
+    launch,
+    on_device,
+    refuse_different_shapes,
+    refuse_tensors,
+    refuse_vector,
+    refuse_width,
+)
 from .op import Kernel, Signature
 from .rms_norm_triton import MAX_WIDTH, row_offsets
 from .tuning import RowMemory, choose
@@ -84,8 +95,8 @@ def _run(
     if residual is not None and residual.shape != x.shape:  # sizes that were not known when the kernel was chosen
         x, residual = torch.broadcast_tensors(x, residual)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    s = x if residual is None else torch.empty_like(x, dtype=sum_dtype)
-    y = torch.empty(x.shape, dtype=sum_dtype, device=x.device)  # F.layer_norm returns a contiguous tensor
+    s = x if residual is None else empty_like(x, dtype=sum_dtype)
+    y = empty(x.shape, sum_dtype, x.device)  # F.layer_norm returns a contiguous tensor
     if x.numel() == 0:
         return y, s
     r = x if residual is None else residual
@@ -100,7 +111,9 @@ def _run(
     config = choose("layer_norm", {"D": block}, RowMemory(block), x.device)
     rows = n0 * n1 * n2
     with on_device(x):
-        _layer_norm_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+        launch(
+            _layer_norm_kernel,
+            (triton.cdiv(rows, config["BLOCK_R"]),),
             x,
             r,
             x if weight is None else weight,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import linear_act as ops
 from .activation_triton import activate, refuse_kind
-from .launch import on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
+from .launch import empty, launch, on_device, refuse_mixed, refuse_tensors, refuse_vector, rows_aligned
 from .op import Kernel, Signature
 from .tuning import Config, choose
 
@@ -131,7 +131,7 @@ def _aligned(rows: Tensor, weight: Tensor) -> bool:
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
     k = x.shape[-1]
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = x.new_empty(*x.shape[:-1], n)
+    y = empty((*x.shape[:-1], n), x.dtype, x.device)
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, k)  # a copy only where the leading dimensions cannot be merged
@@ -140,7 +140,9 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
     config = choose("linear", *_plan(m, n, k, x.element_size(), weights, _aligned(rows, weight)), x.device)
     grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
     with on_device(x):
-        _linear_kernel[grid](
+        launch(
+            _linear_kernel,
+            grid,
             rows,
             weight,
             x if bias is None else bias,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import norm_linear as ops
-from .launch import TL_DTYPES, on_device, refuse_mixed, refuse_tensors, refuse_vector
+from .launch import TL_DTYPES, empty, launch, on_device, refuse_mixed, refuse_tensors, refuse_vector
 from .linear_act_triton import add_compensated
 from .op import Kernel, Signature
 from .rms_norm import result_dtype
@@ -110,7 +110,7 @@ def norm_linear(
 ) -> Tensor:
     """As the op `norm_linear`."""
     n, k = weight.shape
-    y = weight.new_empty(*x.shape[:-1], n)
+    y = empty((*x.shape[:-1], n), weight.dtype, weight.device)
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, k)
@@ -121,7 +121,9 @@ def norm_linear(
     config = choose("norm_linear", {"M": m, "N": n, "K": k}, memory, x.device)
     grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]))
     with on_device(x):
-        _norm_linear_kernel[grid](
+        launch(
+            _norm_linear_kernel,
+            grid,
             rows,
             x if norm_weight is None else norm_weight,
             weight,

@@ -14,6 +14,8 @@ from . import rms_norm as ops
 from .launch import (
     TL_DTYPES,
     collapse,
+    empty_like,
+    launch,
     on_device,
     refuse_different_shapes,
     refuse_tensors,
@@ -110,8 +112,8 @@ def _run(
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     weight_dtype = None if weight is None else weight.dtype
     promoted = ops.result_dtype(sum_dtype, weight_dtype, offset, mid_dtype, None)
-    y = torch.empty_like(x, dtype=promoted if out_dtype is None else out_dtype)
-    s = x if residual is None else torch.empty_like(x, dtype=sum_dtype)
+    y = empty_like(x, dtype=promoted if out_dtype is None else out_dtype)
+    s = x if residual is None else empty_like(x, dtype=sum_dtype)
     if x.numel() == 0:
         return y, s
     r = x if residual is None else residual
@@ -128,7 +130,9 @@ def _run(
     config = choose("rms_norm", {"D": block}, RowMemory(block), x.device)
     rows = n0 * n1 * n2
     with on_device(x):
-        _rms_norm_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+        launch(
+            _rms_norm_kernel,
+            (triton.cdiv(rows, config["BLOCK_R"]),),
             x,
             r,
             x if weight is None else weight,

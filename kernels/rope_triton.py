@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rope as ops
-from .launch import TL_DTYPES, collapse, on_device, refuse_tensors, refuse_vector, refuse_width
+from .launch import (
+    TL_DTYPES,
+    collapse,
+    empty,
+    empty_like,
+    launch,
+    on_device,
+    refuse_tensors,
+    refuse_vector,
+    refuse_width,
+)
 from .op import Kernel, Signature
 from .rms_norm import result_dtype
 from .rms_norm_triton import refuse_rounding, row_offsets
@@ -156,7 +166,7 @@ def _run(
     product = torch.promote_types(turned, torch.promote_types(cos.dtype, sin.dtype))
     width, rotary = x.shape[-1], cos.shape[-1]
     # the layout of the reference: elementwise where everything turns, a concatenation where there is a tail
-    y = torch.empty_like(x, dtype=dtype) if rotary == width else torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = empty_like(x, dtype=dtype) if rotary == width else empty(x.shape, dtype, x.device)
     if x.numel() == 0:
         return y
     cos, sin = (t.expand(*x.shape[:-1], rotary) for t in (cos, sin))
@@ -169,7 +179,9 @@ def _run(
     config = choose("rope", {"D": triton.next_power_of_2(width)}, RowMemory(width), x.device)
     rows = n0 * n1 * n2
     with on_device(x):
-        _rope_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+        launch(
+            _rope_kernel,
+            (triton.cdiv(rows, config["BLOCK_R"]),),
             x,
             x if weight is None else weight,
             cos,

@@ -3,9 +3,10 @@
     {"kernels": {"attention": [{"where": {"D": [1, 64], "bytes": [2, 2]},
                                 "config": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}}, ...]}}
 
-Entries are tried in order, the device's own before the default ones. An entry fits when every feature in `where` lies
-in its inclusive range and when its need of shared memory, which the kernel's module computes, is within the device's
-limit. Nothing is timed at run time.
+A device's file may also say, in a section "providers", which provider of an op was measured to be the fastest where
+(see `choice.py`). Entries are tried in order, the device's own before the default ones. An entry fits when every
+feature in `where` lies in its inclusive range and when its need of shared memory, which the kernel's module computes,
+is within the device's limit. Nothing is timed at run time.
 """
 
 from __future__ import annotations
@@ -63,6 +64,22 @@ class Entry:
         return all(low <= features[name] <= high for name, low, high in self.where)
 
 
+def _where(data: Mapping[str, Any]) -> tuple[tuple[str, int, int], ...]:
+    return tuple((name, int(low), int(high)) for name, (low, high) in data.get("where", {}).items())
+
+
+@dataclass(frozen=True)
+class Provided:
+    """Where a provider was measured to be the fastest."""
+
+    where: tuple[tuple[str, int, int], ...]
+    provider: str
+
+    def matches(self, features: Mapping[str, int]) -> bool:
+        """Whether every feature that `where` names is in its range."""
+        return all(low <= features[name] <= high for name, low, high in self.where)
+
+
 SharedMemory = Callable[[Config], int]
 """An upper bound of the bytes of shared memory that one program needs."""
 
@@ -75,8 +92,15 @@ def parse(text: str) -> dict[str, tuple[Entry, ...]]:
 def _entry(data: Mapping[str, Any]) -> Entry:
     blocks = dict(data["config"])
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    where = tuple((name, int(low), int(high)) for name, (low, high) in data.get("where", {}).items())
-    return Entry(where, Config(tuple(blocks.items()), warps, stages))
+    return Entry(_where(data), Config(tuple(blocks.items()), warps, stages))
+
+
+@functools.cache
+def providers(name: str) -> Mapping[str, tuple[Provided, ...]]:
+    """The entries of the section "providers" of one file of `tuning/`, by op; empty where there is none."""
+    path = DIRECTORY / f"{name}.json"
+    section = json.loads(path.read_text()).get("providers", {}) if path.exists() else {}
+    return {op: tuple(Provided(_where(e), str(e["provider"])) for e in entries) for op, entries in section.items()}
 
 
 def device_file(name: str) -> str:

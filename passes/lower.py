@@ -3,7 +3,8 @@
     regraft.rms_norm(x, w, eps)    ->    kernels.rms_norm_triton.run(x, w, eps)
 
 A provider that refuses says why. On a device where kernels run, each is compared with its reference once for every
-signature before it is used; one that fails makes room for the next.
+signature before it is used; those that pass are bound together, and which of them computes a call is decided by its
+sizes (`kernels/choice.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..compiler.provenance import module_of, source_of
 from ..compiler.records import NearMiss, PassResult, Reverted, Rewrite
 from ..compiler.rule import Stage
 from ..compiler.verify import compare
+from ..kernels import choice
 from ..kernels.op import Kernel, Op
 from ..kernels.table import PROVIDERS, op_of
 
@@ -31,7 +33,8 @@ def lower(program: Program, context: Context) -> PassResult:
     result = PassResult("lower", Stage.LOWER.name, nodes_before=len(graph.nodes))
     refusals: Counter[tuple[str, str, str]] = Counter()
     places: dict[tuple[str, str, str], fx.Node] = {}
-    chosen: dict[Any, Kernel | None] = {}
+    chosen: dict[Any, tuple[Kernel, ...]] = {}
+    bound: dict[Any, Any] = {}
     for node in list(graph.nodes):
         op = op_of(node.target)
         if op is None:
@@ -41,9 +44,11 @@ def lower(program: Program, context: Context) -> PassResult:
         key = (op.name, repr(signature))
         if key not in chosen:
             chosen[key] = _choose(graph, node, op, signature, context, result, refusals, places)
-        kernel = chosen[key]
-        node.target = kernel.run if kernel is not None else op.reference
-        provider = kernel.provider if kernel is not None else "reference"
+        kernels = chosen[key]
+        if kernels and kernels not in bound:
+            bound[kernels] = choice.bind(op, kernels)
+        node.target = bound[kernels] if kernels else op.reference
+        provider = " or ".join(k.provider for k in kernels) or "reference"
         result.rewrites.append(
             Rewrite("lower", module_of(node), source_of(node), f"{op.name} -> {provider}", (node.name,), (node.name,))
         )
@@ -67,7 +72,9 @@ def _choose(
     result: PassResult,
     refusals: Counter[tuple[str, str, str]],
     places: dict[tuple[str, str, str], fx.Node],
-) -> Kernel | None:
+) -> tuple[Kernel, ...]:
+    """The kernels that support the call and compute it right, best first; empty: the reference."""
+    found: list[Kernel] = []
     for kernel in PROVIDERS.get(op.name, ()):
         reason = kernel.supports(signature)
         if reason is not None:
@@ -76,14 +83,16 @@ def _choose(
                 places.setdefault((op.name, kernel.provider, reason), node)
             continue
         if context.evaluator is None:
-            return kernel
+            found.append(kernel)
+            continue
         with graph.inserting_after(node):
             trial = graph.call_function(kernel.run, node.args, node.kwargs)
         check = compare(context.evaluator, [node], [node], [trial], [trial], meaning=False)
         context.evaluator.forget([trial])
         graph.erase_node(trial)
         if check.passed:
-            return kernel
+            found.append(kernel)
+            continue
         result.reverted.append(
             Reverted(
                 "lower",
@@ -93,4 +102,4 @@ def _choose(
                 check,
             )
         )
-    return None
+    return tuple(found)

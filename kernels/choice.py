@@ -1,0 +1,68 @@
+"""Which provider computes a call, decided by its sizes, and how the decision is remembered.
+
+Sizes may change from call to call, so LOWER can only say which kernels are right; which is fastest is looked up, when
+a set of shapes comes first, in the table of what was measured on the device (section "providers" of its tuning file):
+
+    "providers": {"attention": [{"where": {"D": [65, 128], "Q": [512, 1073741824]}, "provider": "cudnn"}]}
+
+The first entry whose ranges hold decides, if its provider is among the kernels that support the call; without one it
+is the first kernel of all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import replay, tuning
+from .features import features_of
+from .op import Kernel, Op
+
+
+def choose(op: Op, kernels: Sequence[Kernel], args: Sequence[Any], device: torch.device) -> Kernel:
+    """The kernel for these arguments; `kernels` all support their signature, best first."""
+    if len(kernels) == 1:
+        return kernels[0]
+    features = features_of(op.name, arranged(op, tuple(args), {}))
+    by_name = {kernel.provider: kernel for kernel in kernels}
+    for entry in tuning.providers(tuning.device_limits(device)[0]).get(op.name, ()):
+        if entry.provider in by_name and entry.matches(features):
+            return by_name[entry.provider]
+    return kernels[0]
+
+
+def bind(op: Op, kernels: Sequence[Kernel]) -> Callable[..., Any]:
+    """A function with the op's arguments that runs the best of `kernels` by launch plans."""
+    kernels = tuple(kernels)
+    plans: dict[replay.Key, replay.Plan] = {}
+
+    @functools.wraps(kernels[0].run)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = arranged(op, args, kwargs)
+        key = replay.key_of(args)
+        plan = plans.get(key)
+        if plan is not None:
+            return plan(args)
+        return first(key, args)
+
+    def first(key: replay.Key, args: tuple[Any, ...]) -> Any:
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        run = choose(op, kernels, args, device).run
+        result, plan = replay.record(run, args)
+        if key[-1] is not None and device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
+            if len(plans) >= replay.MAX_PLANS:
+                plans.clear()
+            plans[key] = plan if plan is not None else lambda given: run(*given)
+        return result
+
+    return bound
+
+
+def arranged(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments by position, defaults filled in."""
+    rest = op.overload._schema.arguments[len(args) :]
+    return (*args, *(kwargs.get(a.name, a.default_value) for a in rest))

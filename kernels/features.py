@@ -1,0 +1,79 @@
+"""The sizes of a call by which the measured tables choose, by op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+from torch import Tensor
+
+Features = dict[str, int]
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _row_op(args: Sequence[Any]) -> Features:
+    """rows, D = last dimension, bytes of an element."""
+    x = args[0]
+    return {"rows": _rows(x), "D": x.shape[-1], "bytes": x.element_size()}
+
+
+def _attention(args: Sequence[Any]) -> Features:
+    """B, H, G (query heads for each kv head), Q, K, D, DV, bytes; the rest are 0 or 1."""
+    q, k, v, mask, bias, key_mask, sinks, _, left, right, softcap = args[:11]
+    return {
+        "B": q.shape[0],
+        "H": q.shape[1],
+        "G": q.shape[1] // k.shape[1],
+        "Q": q.shape[2],
+        "K": k.shape[2],
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "bytes": q.element_size(),
+        "causal": int(right == 0),
+        "window": int(left >= 0),
+        "softcap": int(softcap != 0.0),
+        "mask": int(mask is not None),
+        "bias": int(bias is not None),
+        "keys": int(key_mask is not None),
+        "sinks": int(sinks is not None),
+    }
+
+
+def _linear(args: Sequence[Any]) -> Features:
+    """M rows of x, weight N x K (both halves of a gated one), bytes; bias 0 or 1."""
+    x, weight, bias = args[:3]
+    n, k = weight.shape
+    return {"M": _rows(x), "N": n, "K": k, "bytes": x.element_size(), "bias": int(bias is not None)}
+
+
+def _norm_linear(args: Sequence[Any]) -> Features:
+    x, _, weight, bias = args[:4]
+    return _linear((x, weight, bias))
+
+
+def _experts(args: Sequence[Any]) -> Features:
+    """T tokens, D = width, bytes."""
+    x = args[0]
+    return {"T": _rows(x), "D": x.shape[-1], "bytes": x.element_size()}
+
+
+_BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyType(
+    {
+        "attention": _attention,
+        "linear_act": _linear,
+        "gate_up": _linear,
+        "qkv_rope": _linear,
+        "norm_linear": _norm_linear,
+        "moe_experts": _experts,
+    }
+)
+
+
+def features_of(op: str, args: Sequence[Any]) -> Features:
+    """The features of a call of that op, all its arguments given by position; row ops have rows, D and bytes."""
+    return _BY_OP.get(op, _row_op)(args)
