@@ -208,7 +208,7 @@ class _Writer:
                     known.clear()
                 base = _At(address, dtype)
                 found = known[address] = object.__new__(type(given))
-                found.__dict__ |= {**given.__dict__, "base": base}
+                found.__dict__.update(given.__dict__, base=base)
             return found
 
         return f"{self.name('descriptor', made)}({value.base.source()})"

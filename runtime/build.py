@@ -25,6 +25,7 @@ from .call import Call
 from .certificate import Certificate
 from .certify import Certifier
 from .checks import device_of
+from .cuda_graphs import graph_bytes
 from .errors import CompileError, ParityError, RegraftError, StrictError
 from .executable import Executable
 from .guarded import Guarded
@@ -214,7 +215,7 @@ class Builder:
                 module=self.module,
                 device=self.device,
             )
-            return Executable(made.program, self.weights)
+            return Executable(made.program, self.weights, graph_bytes(options))
 
         return Guarded(executable, keeping_masks)
 
@@ -259,7 +260,7 @@ class Builder:
             entry.retrace = lambda: compile_it(keep_text=True).passes
             with timed(entry.seconds, "compile"):
                 compiled = compile_it(keep_text=bool(os.environ.get("REGRAFT_DUMP_DIR")))
-                executable = Executable(compiled.program, self.weights)
+                executable = Executable(compiled.program, self.weights, graph_bytes(self.options))
             if self.options.dry_run or verify == "off":
                 return Attempt(executable, compiled.passes, Certificate(True))
             self._pack(executable, entry)

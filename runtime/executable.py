@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem, itemgetter
 from typing import Any
 
 import torch
 
 from ..compiler.program import InputKind, Program, Recipe
+from .cuda_graphs import Graphs
 from .weights import Weights, pack_key
 
 
@@ -16,10 +17,11 @@ class Executable:
     """Runs `program` on tensors given by argument name.
 
     Where each weight lives is resolved once; what stands there is read at every call, so that a replaced or moved
-    parameter is used as it is. The caller has asked `Weights.changes()` before.
+    parameter is used as it is. The caller has asked `Weights.changes()` before. On a GPU, shapes that come again are
+    run by a CUDA graph if their outputs have at most `graph_bytes` bytes; 0: never.
     """
 
-    def __init__(self, program: Program, weights: Weights) -> None:
+    def __init__(self, program: Program, weights: Weights, graph_bytes: int = 0) -> None:
         self.program = program
         self._weights = weights
         self._run: Callable[..., Any] = program.gm.forward
@@ -36,7 +38,11 @@ class Executable:
         ordered = grouped[InputKind.USER] + live + grouped[InputKind.CONSTANT] + grouped[InputKind.PACKED]
         place = {id(meaning): index for index, meaning in enumerate(ordered)}
         order = [place[id(meaning)] for meaning in program.inputs]
-        self._arrange: Callable[[list[Any]], Any] = itemgetter(*order) if len(order) > 1 else list
+        self._arrange: Callable[[Sequence[Any]], Any] = itemgetter(*order) if len(order) > 1 else list
+        self.graphs = Graphs(self._arranged, len(self.arguments), graph_bytes) if graph_bytes else None
+
+    def _arranged(self, *values: Any) -> Any:
+        return self._run(*self._arrange(values))
 
     def prepare(self) -> None:
         """Pack what the program wants packed."""
@@ -50,7 +56,9 @@ class Executable:
         values += self._constants
         values += [packs[key].value for key in self._packs]
         with torch.no_grad():
-            return self._run(*self._arrange(values))
+            if self.graphs is not None:
+                return self.graphs(values, self._weights.version)
+            return self._arranged(*values)
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """What the model's forward would return, without autograd."""

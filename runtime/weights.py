@@ -56,6 +56,8 @@ class Weights:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.packs: dict[PackKey, Pack] = {}
+        self.version = 0
+        """Another number whenever a weight may be another tensor, or stand elsewhere."""
         self._look()
 
     # -- what is there now ------------------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class Weights:
         self._note(list(map(getitem, self._tables, self._names)))
 
     def _note(self, tensors: list[torch.Tensor]) -> None:
+        self.version += 1
         self._tensors = tensors
         self._pointers = list(map(torch.Tensor.data_ptr, tensors))
         self._dtypes = list(map(_dtype, tensors))

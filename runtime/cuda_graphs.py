@@ -1,0 +1,182 @@
+"""CUDA graphs of a program for shapes that come again: the host launches one graph instead of every kernel.
+
+A graph is made when a set of shapes comes for the third time. Inputs are copied into the graph's own, outputs are
+copied out, so that a caller may keep them; where those copies would be large, kernels are long and there is nothing to
+win. All graphs of a process share one memory pool, since none runs beside another: what they hold is bounded in number
+and in bytes, and those not used for longest go first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+log = logging.getLogger("regraft")
+
+BEFORE: Final = 2
+"""Calls with the same shapes that run directly first; the first of them compiles and measures nothing else."""
+MAX_GRAPHS: Final = 16
+MAX_OUTPUT_BYTES: Final = 64 << 20
+"""Outputs that would have to be copied; above it a forward runs directly."""
+MAX_HELD_BYTES: Final = 1 << 30
+"""What the graphs of one program may hold in memory."""
+
+BYTES_OF_MODE: Final = {
+    "default": MAX_OUTPUT_BYTES,
+    "max-autotune": MAX_OUTPUT_BYTES,
+    "reduce-overhead": MAX_HELD_BYTES,
+    "max-autotune-no-cudagraphs": 0,
+}
+
+Shapes = tuple[Any, ...]
+
+
+def graph_bytes(options: Options) -> int:
+    """The largest outputs, in bytes, with which a forward is run by a CUDA graph; 0: none is."""
+    return BYTES_OF_MODE[options.mode]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Any]
+    copied: list[int]
+    """Which outputs are tensors of the graph's own, each tensor once."""
+    same: dict[int, int]
+    """Outputs that are the same tensor as one of `copied`."""
+    passed: dict[int, int]
+    """Outputs that are an input as it came: of which place."""
+    held: int
+
+
+class Graphs:
+    """Runs `function(*values)` by CUDA graphs where its shapes come again.
+
+    `values[:count]` are tensors that change from call to call; the others stay where they are as long as `version`,
+    which the caller gives, stays the same.
+    """
+
+    def __init__(self, function: Callable[..., Any], count: int, max_output_bytes: int = MAX_OUTPUT_BYTES) -> None:
+        self._function, self._count, self._max_output_bytes = function, count, max_output_bytes
+        self._seen: dict[Shapes, int] = {}
+        self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
+        self._lock = threading.Lock()
+        self._version: object = None
+        self._last: torch.cuda.Event | None = None
+        self.refused: str | None = None
+        """Why no further graph is made."""
+
+    def __call__(self, values: Sequence[Any], version: object) -> Any:
+        """What `function(*values)` returns."""
+        given = values[: self._count]
+        if not given or not all(t.is_cuda for t in given) or torch.cuda.is_current_stream_capturing():
+            return self._function(*values)
+        key = tuple([(t.shape, t.stride(), t.dtype) for t in given])
+        with self._lock:
+            if version != self._version:
+                self._graphs.clear()
+                self._version = version
+            captured = self._graphs.get(key)
+            if captured is None and self._due(key):
+                captured = self._capture(key, values)
+            if captured is not None:
+                return self._replay(captured, given)
+        return self._function(*values)
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that the graphs hold."""
+        return sum(c.held for c in self._graphs.values())
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def _due(self, key: Shapes) -> bool:
+        if self.refused is not None:
+            return False
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        if len(self._seen) > 4096:
+            self._seen.clear()
+        return seen > BEFORE
+
+    def _capture(self, key: Shapes, values: Sequence[Any]) -> _Captured | None:
+        inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
+        fixed = list(values[self._count :])
+        device = inputs[0].device
+        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_allocated(device)
+        try:
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
+                result = self._function(*inputs, *fixed)
+        except RuntimeError as error:
+            self.refused = f"a CUDA graph could not be captured: {' '.join(str(error).split())[:200]}"
+            log.info("%s", self.refused)
+            return None
+        outputs = list(result)
+        del result
+        captured = _Captured(graph, inputs, outputs, [], {}, {}, 0)
+        by_id: dict[int, int] = {}
+        origin = {id(t): i for i, t in enumerate([*inputs, *fixed])}
+        for place, output in enumerate(outputs):
+            if not isinstance(output, Tensor):
+                continue
+            if id(output) in origin:
+                captured.passed[place] = origin[id(output)]
+            elif id(output) in by_id:
+                captured.same[place] = by_id[id(output)]
+            else:
+                by_id[id(output)] = place
+                captured.copied.append(place)
+        size = sum(outputs[i].numel() * outputs[i].element_size() for i in captured.copied)
+        if size > self._max_output_bytes or any(i >= self._count for i in captured.passed.values()):
+            self._seen[key] = -(1 << 60)
+            return None
+        captured.held = max(torch.cuda.memory_allocated(device) - before, size)
+        self._graphs[key] = captured
+        while len(self._graphs) > MAX_GRAPHS or (self.held > MAX_HELD_BYTES and len(self._graphs) > 1):
+            oldest, _ = self._graphs.popitem(last=False)
+            self._seen.pop(oldest, None)
+        return captured
+
+    def _replay(self, captured: _Captured, given: Sequence[Tensor]) -> list[Any]:
+        if self._last is not None:
+            self._last.wait()  # the last replay may have been on another stream
+        for own, value in zip(captured.inputs, given, strict=True):
+            own.copy_(value)
+        captured.graph.replay()
+        outputs = list(captured.outputs)
+        mine = [captured.outputs[i] for i in captured.copied]
+        out = [torch.empty_like(t) for t in mine]
+        if out:
+            torch._foreach_copy_(out, mine)
+        for place, tensor in zip(captured.copied, out, strict=True):
+            outputs[place] = tensor
+        for place, source in captured.same.items():
+            outputs[place] = outputs[source]
+        for place, source in captured.passed.items():
+            outputs[place] = given[source]
+        if self._last is None:
+            self._last = torch.cuda.Event()
+        self._last.record()
+        return outputs
+
+
+_pools: dict[torch.device, Any] = {}
+
+
+def _pool(device: torch.device) -> Any:
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    return _pools[device]
+
