@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -28,16 +29,25 @@ _LAYER_FIELDS = (
 )
 
 
+CONFIGS: Final = Path(__file__).parent.parent / "benchmarks"
+"""Configs that a name stands for, where the repository is there."""
+
+
 class ArgumentError(ValueError):
     """A command-line argument that cannot be used: names it, its value, and what is allowed."""
 
 
 def load_config(model: str) -> Any:
-    """The config of a folder that holds a `config.json`, or of that file itself."""
+    """The config of a folder that holds a `config.json`, of that file itself, or of a name in `benchmarks/`."""
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
+    named = CONFIGS / f"{model}.json"
+    if not file.exists() and named.is_file():
+        file = named
     if not file.is_file():
-        raise ArgumentError(f"model {model!r}: expected a folder with a config.json, or a config.json")
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json") if p.stem != "forward"))
+        hint = f" or one of {known}" if known else ""
+        raise ArgumentError(f"model {model!r}: expected a folder with a config.json, or a config.json{hint}")
     try:
         return transformers.AutoConfig.from_pretrained(file)
     except (ValueError, OSError, KeyError) as error:
@@ -64,6 +74,9 @@ def model_class(config: Any) -> Any:
     """The class that the config names, or transformers' choice for its type."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
+        if found is None:  # a part of a model, such as an encoder, which only its own module exports
+            module = type(config).__module__.replace(".configuration_", ".modeling_")
+            found = getattr(importlib.import_module(module), name, None)
         if found is not None:
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
@@ -94,12 +107,16 @@ def load_model(model: str, *, dtype: torch.dtype | None, device: torch.device, l
     return made.eval()
 
 
-def inputs_for(model: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Arguments of one call: token ids `[batch, length]` where the model takes tokens, others in their own size."""
+def inputs_for(model: nn.Module, batch: int, length: int, *, mask: bool = True) -> dict[str, torch.Tensor]:
+    """Arguments of one call: token ids `[batch, length]` where the model takes tokens, others in their own size.
+
+    Without `mask` there is no attention mask, as for sequences of the same length.
+    """
     made = make_examples(model, model.forward)
     if made is None:
         raise ArgumentError(f"{type(model).__name__}: its config does not say what its inputs look like")
-    return {name: _resized(name, value, batch, length) for name, value in made.items()}
+    kept = {name: value for name, value in made.items() if mask or not name.endswith("attention_mask")}
+    return {name: _resized(name, value, batch, length) for name, value in kept.items()}
 
 
 def _resized(name: str, value: torch.Tensor, batch: int, length: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from runtime_models import tiny_llama
 from regraft.kernels import cases as kernel_cases
 from regraft.kernels.op import Kernel
 from regraft.kernels.rms_norm import rms_norm
-from regraft.runtime import bench as bench_module
+from regraft.runtime import bench_forward as forward_module
 from regraft.runtime import bench_kernels as kernels_module
-from regraft.runtime.bench import bench_forward, table
+from regraft.runtime.bench import table
+from regraft.runtime.bench_forward import bench_forward
 from regraft.runtime.bench_kernels import bench_kernels
 from regraft.runtime.doctor import examine, examples
 from regraft.runtime.loading import inputs_for
@@ -54,27 +57,36 @@ def test_inputs_have_the_size_that_was_asked_for() -> None:
 
 def test_forward_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    prepare = bench_module._prepare
+    candidate = forward_module.candidate
 
-    def candidates(name: str, given: Any) -> Any:
+    @contextmanager
+    def candidates(name: str, given: Any, inputs: Any) -> Iterator[Any]:
         if name == "compile":
-            return lambda **inputs: given(**{**inputs, "input_ids": inputs["input_ids"].flip(1)})
-        if name == "compile-max":
+            yield lambda **inputs: given(**{**inputs, "input_ids": inputs["input_ids"].flip(1)})
+        elif name == "compile-graphs":
             raise RuntimeError("no such backend")
-        return prepare(name, given)
+        elif name == "compile-max":
+            time.sleep(5)
+        else:
+            with candidate(name, given, inputs) as run:
+                yield run
 
-    monkeypatch.setattr(bench_module, "_prepare", candidates)
-    bench = bench_forward(model, [(2, 9)], ["regraft", "compile", "compile-max"], rounds=1, calls=1)
+    monkeypatch.setattr(forward_module, "candidate", candidates)
+    chosen = ["regraft", "compile", "compile-graphs", "compile-max"]
+    bench = bench_forward(model, [(2, 9)], chosen, rounds=1, calls=1, limit_s=3.0)
     results = {r.candidate: r for r in bench.results}
     assert results["eager"].timing and results["regraft"].timing and not results["regraft"].problem
     assert results["regraft"].error <= results["regraft"].bound
     assert results["compile"].timing is None and results["compile"].problem.startswith("wrong: logits")
     assert results["compile"].error > results["compile"].bound
-    assert results["compile-max"].timing is None and "no such backend" in results["compile-max"].problem
+    assert results["compile-graphs"].timing is None and "no such backend" in results["compile-graphs"].problem
+    assert results["compile-max"].problem == "gave up after 3 s"
     plain = json.loads(json.dumps(bench.to_dict()))
-    assert {"date", "versions", "device", "dtype", "command", "model", "results"} <= plain.keys()
+    assert {"date", "versions", "device", "dtype", "command", "model", "results", "rates"} <= plain.keys()
     assert {"torch", "triton", "transformers", "regraft"} <= plain["versions"].keys()
     assert plain["results"][0]["timing"]["median_ms"] > 0
+    (row,) = plain["summary"]
+    assert row["best_peer"] == "eager" and row["ratio"] == plain["geometric_mean"] == row["peer_ms"] / row["regraft_ms"]
     lines = table(bench.results)
     assert any("eager" in line and "1.00x" in line for line in lines) and any("wrong" in line for line in lines)
     assert "forward" not in vars(model), "the model that was given is left as it was"

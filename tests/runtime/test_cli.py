@@ -66,7 +66,7 @@ def test_bench_forward_writes_its_conditions(folder: Path, tmp_path: Path, capsy
         ("regraft", 2, 9),
     ]
     assert found["dtype"] == "float32" and all(r["timing"]["median_ms"] > 0 for r in found["results"])
-    assert "batch 2, length 9" in capsys.readouterr().out
+    assert " 2x9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

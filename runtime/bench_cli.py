@@ -1,0 +1,114 @@
+"""`python -m regraft bench ...`: what can be measured, and with which arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
+from .bench import REGRAFT, Bench, summary_table
+from .bench_forward import CANDIDATES, bench_forward
+from .bench_kernels import bench_kernels
+from .loading import DTYPES, ArgumentError
+from .reuse import Earlier
+from .suite import Settings, read_suite, run_suite
+
+
+def add(verbs: Any) -> None:
+    """`bench` with its kinds, to the parser's verbs."""
+    bench = verbs.add_parser("bench", help="measure").add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_forward(bench)
+    _add_kernels(bench)
+
+
+def _add_forward(bench: Any) -> None:
+    forward = bench.add_parser("forward", help="a model's forward: eager, torch.compile and regraft")
+    model(forward, optional=True)
+    forward.add_argument("--suite", metavar="FILE", help="rows of models, batch sizes, lengths and peers, as JSON")
+    forward.add_argument("--only", metavar="TEXT", help="of a suite, rows whose label contains this: llama_8b 1x512")
+    forward.add_argument("--batch", type=numbers, default=[1], metavar="LIST", help="1,8")
+    forward.add_argument("--length", type=numbers, default=[128], metavar="LIST", help="128,2048")
+    forward.add_argument(
+        "--candidates", type=names(CANDIDATES), metavar="LIST", help=f"of {', '.join(CANDIDATES)}; eager always"
+    )
+    forward.add_argument(
+        "--no-mask", action="store_true", help="no attention mask (rows of a suite say themselves)"
+    )
+    forward.add_argument("--limit", type=number, default=300, metavar="S", help="seconds a candidate may take")
+    forward.add_argument("--reuse", metavar="FILE", help="peers from this JSON where eager or the device's rates agree")
+    rounds(forward)
+    forward.set_defaults(run=_forward)
+
+
+def _add_kernels(bench: Any) -> None:
+    kernels = bench.add_parser("kernels", help="every kernel of every op against PyTorch")
+    kernels.add_argument("ops", nargs="*", metavar="OP", help="all ops where none is named")
+    where(kernels)
+    rounds(kernels)
+    kernels.set_defaults(run=_kernels)
+
+
+def _forward(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.suite is None):
+        raise ArgumentError("bench forward needs a model or --suite FILE, and not both")
+    bench = _suite(args) if args.suite else _one_model(args)
+    write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+    return 1 if any(r.candidate == REGRAFT and r.problem for r in bench.results) else 0
+
+
+def _one_model(args: argparse.Namespace) -> Bench:
+    say = sayer(args)
+    bench = bench_forward(
+        load(args, device_of(args)),
+        [(batch, length) for batch in args.batch for length in args.length],
+        args.candidates or ("eager", "compile-graphs", REGRAFT),
+        name=Path(args.model).stem if args.model.endswith(".json") else Path(args.model).name,
+        rounds=args.rounds,
+        calls=args.calls,
+        limit_s=args.limit,
+        mask=not args.no_mask,
+        earlier=Earlier(args.reuse) if args.reuse else None,
+        say=say,
+    )
+    for line in summary_table(bench.results):
+        say(line)
+    return bench
+
+
+def _suite(args: argparse.Namespace) -> Bench:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for devices without starting CUDA: rows are forked
+    device = device_of(args)
+    candidates = tuple(args.candidates) if args.candidates else None
+    settings = Settings(
+        device,
+        dtype_of(args, device) if args.dtype is None else DTYPES[args.dtype],
+        args.rounds,
+        args.calls,
+        args.limit,
+        args.reuse,
+        candidates,
+    )
+    rows = [r if args.layers is None else replace(r, layers=args.layers) for r in read_suite(args.suite)]
+    rows = [r for r in rows if args.only is None or args.only in r.label]
+    if not rows:
+        raise ArgumentError(f"--only {args.only!r}: no row of {args.suite} has that in its label")
+    if args.reuse:
+        Earlier(args.reuse)  # an unreadable file is an error now, not in each row
+
+    def keep(bench: Bench) -> None:
+        if args.json != "-":
+            write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+
+    return run_suite(rows, settings, say=sayer(args), done=keep)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    device = device_of(args)
+    dtype = dtype_of(args, device)
+    bench = bench_kernels(device, dtype, args.ops, rounds=args.rounds, calls=args.calls, say=sayer(args))
+    write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+    return 1 if any(r.problem.startswith("wrong") for r in bench.results) else 0

@@ -1,0 +1,63 @@
+"""Peers measured in an earlier run, taken over where what was measured again agrees with it.
+
+Compiling a peer for its best takes minutes; measuring eager, a copy and a matrix product takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from .bench import REGRAFT, Bench, Result
+from .errors import InputError
+from .timing import Timing
+
+AGREE: Final = 0.05
+"""How far an anchor may be from what it was."""
+
+REPLAYED: Final = ("compile-graphs", "compile-max")
+"""Peers whose time does not depend on the host: the device's rates are an anchor for them."""
+
+
+class Earlier:
+    """The results of a JSON file of `bench forward`."""
+
+    def __init__(self, file: str) -> None:
+        """Raises InputError for a file that is not one."""
+        try:
+            self._plain: dict[str, Any] = json.loads(Path(file).read_text())
+            self._results = {(r["row"], r["candidate"]): r for r in self._plain["results"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--reuse {file}: not the JSON of `bench forward` ({type(error).__name__})") from error
+
+    def result(self, candidate: str, now: Bench, blank: Result, eager: Result) -> Result | str | None:
+        """The earlier result, or why it cannot be taken over, or None where there is none."""
+        old = self._results.get((blank.row, candidate))
+        if candidate in (REGRAFT, "eager") or old is None or not old["timing"]:
+            return None
+        for name in ("device", "dtype"):
+            if self._plain[name] != getattr(now, name):
+                return f"the earlier run had another {name}, {self._plain[name]}"
+        if self._plain["versions"].get("torch") != now.versions.get("torch"):
+            return f"the earlier run had torch {self._plain['versions'].get('torch')}"
+        if not self._agrees(candidate, now, blank, eager):
+            return f"neither eager nor the device's rates are within {AGREE:.0%} of the earlier run's"
+        timing = Timing(**old["timing"])
+        kept = {k: old[k] for k in ("host_ms", "first_s", "peak_gb", "error", "error_eager", "bound", "problem")}
+        return replace(blank, candidate=candidate, timing=timing, reused=self._plain["date"], **kept)
+
+    def _agrees(self, candidate: str, now: Bench, blank: Result, eager: Result) -> bool:
+        old = self._results.get((blank.row, "eager"))
+        timed = old is not None and bool(old["timing"]) and eager.timing is not None
+        if timed and _near(eager.timing.median_ms, old["timing"]["median_ms"]):
+            return True
+        rates: Mapping[str, float] = self._plain.get("rates", {})
+        same = [_near(now.rates[k], v) for k, v in rates.items() if k in now.rates]
+        return candidate in REPLAYED and bool(same) and all(same)
+
+
+def _near(now: float, before: float) -> bool:
+    return abs(now / before - 1) <= AGREE
