@@ -51,8 +51,8 @@ class Earlier:
 
     def _agrees(self, candidate: str, now: Bench, blank: Result, eager: Result) -> bool:
         old = self._results.get((blank.row, "eager"))
-        timed = old is not None and bool(old["timing"]) and eager.timing is not None
-        if timed and _near(eager.timing.median_ms, old["timing"]["median_ms"]):
+        before = old["timing"]["median_ms"] if old is not None and old["timing"] else None
+        if before is not None and eager.timing is not None and _near(eager.timing.median_ms, before):
             return True
         rates: Mapping[str, float] = self._plain.get("rates", {})
         same = [_near(now.rates[k], v) for k, v in rates.items() if k in now.rates]
