@@ -112,7 +112,7 @@ class Blueprint:
         cache: Any = self._assemble(recording=False)
         parts = self._parts(cache)
         for index, (i, j) in enumerate(where):
-            parts[i].update(tensors[2 * index], tensors[2 * index + 1], j)
+            _write(parts[i], j, tensors[2 * index], tensors[2 * index + 1])
         if self.encoder_decoder:
             cache.is_updated.update({j: True for i, j in where if i == 1})
         return cache
@@ -128,6 +128,16 @@ class Blueprint:
 
     def _parts(self, cache: Any) -> list[Any]:
         return [cache.self_attention_cache, cache.cross_attention_cache] if self.encoder_decoder else [cache]
+
+
+def _write(part: Any, index: int, keys: Tensor, values: Tensor) -> None:
+    """What `part.update` does to an empty layer; a plain one takes the tensors as they are, without a copy."""
+    if index < len(part.layers) and type(part.layers[index]) is DynamicLayer:
+        layer = part.layers[index]
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.keys, layer.values = keys, values
+    else:
+        part.update(keys, values, index)
 
 
 def _plan(layer: Any) -> LayerPlan:

@@ -77,8 +77,10 @@ def node_cost(node: fx.Node) -> Cost:
 
 
 def called_op(target: Any) -> Op | None:
-    """The op of ours that a node's target computes: the op itself, its reference, or one of its kernels."""
-    return op_of(target) or (_implementations().get(target) if callable(target) else None)
+    """The op of ours that a node's target computes: the op itself, its reference, or its kernels, bound or not."""
+    if not callable(target):
+        return None
+    return op_of(target) or _implementations().get(getattr(target, "__wrapped__", target))
 
 
 @functools.cache

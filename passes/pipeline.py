@@ -23,6 +23,7 @@ from . import (
     masks,
     norm_linear,
     norm_rope,
+    outputs,
     pack,
     qkv,
     rms_norm,
@@ -57,6 +58,7 @@ PASSES: tuple[Pass, ...] = (
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),
     Pass("lower", Stage.LOWER, run=lower.lower),
+    Pass("outputs", Stage.LOWER, run=outputs.outputs, optional=False),
 )
 
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES if p.optional)

@@ -120,8 +120,9 @@ class Graphs:
             with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
                 result = self._function(*inputs, *fixed)
         except RuntimeError as error:
-            self.refused = f"a CUDA graph could not be captured: {' '.join(str(error).split())[:200]}"
+            self.refused = f"a CUDA graph could not be captured: {_first(error)}"
             log.info("%s", self.refused)
+            _leave_capture(device)
             return None
         outputs = list(result)
         del result
@@ -172,11 +173,34 @@ class Graphs:
         return outputs
 
 
-_pools: dict[torch.device, Any] = {}
+def _first(error: BaseException) -> str:
+    """The message of what went wrong first: ending a capture that failed raises once more."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split())[:300]
+
+
+def _leave_capture(device: torch.device) -> None:
+    """A capture that failed leaves the generator in it, and every later random number would be an error."""
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    fresh = torch.Generator(device=device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+_pools: dict[torch.device, tuple[Any, torch.cuda.CUDAGraph]] = {}
 
 
 def _pool(device: torch.device) -> Any:
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+    """The handle of the memory pool that all graphs of a device share.
 
+    A pool ends with its last graph, so one that does next to nothing stays in it.
+    """
+    if device not in _pools:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+        _pools[device] = (graph.pool(), graph)
+    return _pools[device][0]

@@ -1,0 +1,99 @@
+"""Launch plans repeat what the launcher does: at other addresses, for every provider, and only where that is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from regraft.kernels import choice, replay
+from regraft.kernels.op import Kernel
+from regraft.kernels.rms_norm import add_rms_norm
+from regraft.kernels.table import PROVIDERS
+from regraft.kernels.tuning import Provided
+
+
+def test_the_key_tells_what_a_launcher_may_look_at() -> None:
+    x = torch.zeros(4, 8)
+    key = replay.key_of((x, 1, None))
+    assert replay.key_of((torch.zeros(4, 8), 1, None)) == key
+    for other in (x.t(), x[:2], x.double(), torch.zeros(4 * 8 + 1)[1:].view(4, 8)):
+        assert replay.key_of((other, 1, None)) != key
+    assert replay.key_of((x, 2, None)) != key
+    assert replay.key_of((x, x))[-1] is None
+
+
+def test_the_table_chooses_among_the_kernels_that_support_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(provider: str) -> Kernel:
+        return Kernel(add_rms_norm, provider, lambda *args: provider, lambda signature: None)
+
+    ours, peer = kernel("triton"), kernel("peer")
+    table = {"add_rms_norm": (Provided((("rows", 3, 9),), "absent"), Provided((("rows", 3, 9),), "peer"))}
+    monkeypatch.setattr(choice.tuning, "providers", lambda file: table)
+    cpu = torch.device("cpu")
+
+    def chosen(rows: int, *kernels: Kernel) -> str:
+        args = (torch.zeros(rows, 8), torch.zeros(rows, 8), None, 1e-6)
+        return choice.choose(add_rms_norm, kernels, args, cpu).provider
+
+    assert chosen(2, ours, peer) == "triton"
+    assert chosen(3, ours, peer) == "peer"
+    assert chosen(10, ours, peer) == "triton"
+    assert chosen(3, ours) == "triton"
+
+
+def test_keywords_and_defaults_reach_the_kernel() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def run(*args: Any) -> torch.Tensor:
+        seen.append(args)
+        return args[0]
+
+    x = torch.zeros(2, 8)
+    choice.bind(add_rms_norm, [Kernel(add_rms_norm, "here", run, lambda signature: None)])(x, x, None, 1e-6, offset=1.0)
+    assert seen[0][3:] == (1e-6, 1.0, None, None)
+
+
+@pytest.mark.gpu
+def test_a_plan_computes_what_the_launcher_computes() -> None:
+    (kernel, *_) = PROVIDERS["add_rms_norm"]
+    bound = choice.bind(add_rms_norm, [kernel])
+    torch.manual_seed(0)
+    for rows in (5, 5, 5, 7, 7, 5):
+        x, r = (torch.randn(rows, 512, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        w = torch.randn(512, dtype=torch.bfloat16, device="cuda")
+        for made, want in zip(bound(x, r, w, 1e-6), kernel.run(x, r, w, 1e-6), strict=True):
+            assert torch.equal(made, want)
+        turned = x.t().contiguous().t()
+        for made, want in zip(bound(turned, r, w, 1e-6), kernel.run(turned, r, w, 1e-6), strict=True):
+            assert torch.equal(made, want)
+        for made, want in zip(bound(x, x, w, 1e-6), kernel.run(x, x, w, 1e-6), strict=True):
+            assert torch.equal(made, want)
+    key = replay.key_of((x, r, w, 1e-6))
+    _, plan = replay.record(kernel.run, (x, r, w, 1e-6))
+    assert key[-1] is not None and plan is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", sorted(PROVIDERS))
+def test_plans_exist_for_every_op(op: str) -> None:
+    from regraft.kernels.cases import cases
+
+    case = cases(torch.bfloat16)[op][0] if op in cases(torch.bfloat16) else None
+    if case is None:
+        pytest.skip(f"{op} has no case")
+    arguments = case.arguments(torch.device("cuda"))
+    args = choice.arranged(case.op, (), arguments)
+    (kernel, *_) = PROVIDERS[op]
+    if kernel.supports(case.op.signature(*args)) is not None:
+        pytest.skip("another provider's shape")
+    result, plan = replay.record(kernel.run, args)
+    assert plan is not None
+    again = plan(args)
+    for one, other in zip(
+        [result] if isinstance(result, torch.Tensor) else result,
+        [again] if isinstance(again, torch.Tensor) else again,
+        strict=True,
+    ):
+        assert torch.equal(one, other)

@@ -1,0 +1,96 @@
+"""Forwards by CUDA graph: the same bits as without, outputs that stay, weights that may change, bounds that hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import regraft
+from regraft.runtime import cuda_graphs
+from regraft.runtime.cuda_graphs import Graphs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def llama() -> Iterator[tuple[Any, torch.Tensor]]:
+    model, inputs = zoo.build("llama", dtype=torch.bfloat16)
+    ids = inputs["input_ids"].cuda()
+    yield regraft.optimize(model.cuda(), example_inputs={"input_ids": ids}, verbose=False), ids
+
+
+def _graphs(model: Any) -> Graphs:
+    graphs = model.forward.graphs[0].executable.graphs
+    assert graphs is not None
+    return graphs
+
+
+def test_replays_give_the_same_bits_and_outputs_stay(llama: tuple[Any, torch.Tensor]) -> None:
+    model, ids = llama
+    graphs = _graphs(model)
+    first = model(ids)
+    others = [model((ids + i) % 7) for i in range(5)]
+    assert len(graphs) >= 1 and graphs.refused is None
+    again = model(ids)
+    assert torch.equal(first.logits, again.logits)
+    for i, output in enumerate(others):
+        assert torch.equal(output.logits, model((ids + i) % 7).logits)
+        assert torch.equal(output.past_key_values.layers[0].keys, model((ids + i) % 7).past_key_values.layers[0].keys)
+
+
+def test_changed_weights_are_used(llama: tuple[Any, torch.Tensor]) -> None:
+    model, ids = llama
+    for _ in range(4):
+        before = model(ids).logits
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(model(ids).logits, 2 * before, rtol=0, atol=0)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 0.5)
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    model.load_state_dict(state, assign=True)
+    torch.testing.assert_close(model(ids).logits, 2 * before, rtol=0, atol=0)
+
+
+def test_other_streams_and_random_numbers(llama: tuple[Any, torch.Tensor]) -> None:
+    model, ids = llama
+    want = [model((ids + i) % 11).logits for i in range(4)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    got = []
+    for i in range(4):
+        with torch.cuda.stream(streams[i % 2]):
+            got.append(model((ids + i) % 11).logits)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    torch.rand(3, device="cuda")
+
+
+def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    graphs = Graphs(lambda x, w: (x * w,), 1, max_output_bytes=400)
+    w = torch.tensor(3.0, device="cuda")
+    for size in (10, 20, 30, 200):
+        for _ in range(4):
+            x = torch.randn(size, device="cuda")
+            (y,) = graphs([x, w], 1)
+            assert torch.equal(y, x * w)
+    assert len(graphs) == 2
+    w.fill_(5.0)
+    x = torch.randn(30, device="cuda")
+    assert torch.equal(graphs([x, w], 1)[0], x * 5)
+    graphs([x, w], 2)
+    assert len(graphs) == 0
+
+
+def test_a_function_that_cannot_be_captured_runs_directly() -> None:
+    graphs = Graphs(lambda x: (x * x.sum().item(),), 1)
+    x = torch.ones(3, device="cuda")
+    for _ in range(5):
+        assert torch.equal(graphs([x], 1)[0], 3 * x)
+    assert graphs.refused is not None and len(graphs) == 0
+    torch.rand(3, device="cuda")  # the generator is not left in the capture
