@@ -1,5 +1,7 @@
 """CUDA graphs of a program for shapes that come again: the host launches one graph instead of every kernel.
 
+Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
+
 A graph is made when a set of shapes comes for the third time. Inputs are copied into the graph's own, outputs are
 copied out, so that a caller may keep them; where those copies would be large, kernels are long and there is nothing to
 win. All graphs of a process share one memory pool, since none runs beside another: what they hold is bounded in number
@@ -18,6 +20,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..kernels import choice
+from ..kernels.replay import ALIGNMENT
 from .options import Options
 
 log = logging.getLogger("regraft")
@@ -27,6 +31,8 @@ BEFORE: Final = 2
 MAX_GRAPHS: Final = 16
 MAX_OUTPUT_BYTES: Final = 64 << 20
 """Outputs that would have to be copied; above it a forward runs directly."""
+MAX_SHAPES: Final = 4096
+"""Shapes that are counted, and shapes whose launch plans are kept."""
 MAX_HELD_BYTES: Final = 1 << 30
 """What the graphs of one program may hold in memory."""
 
@@ -69,7 +75,9 @@ class Graphs:
     def __init__(self, function: Callable[..., Any], count: int, max_output_bytes: int = MAX_OUTPUT_BYTES) -> None:
         self._function, self._count, self._max_output_bytes = function, count, max_output_bytes
         self._seen: dict[Shapes, int] = {}
+        self._plans: dict[Shapes, tuple[Any, ...]] = {}
         self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
+        self._large: set[Shapes] = set()
         self._lock = threading.Lock()
         self._version: object = None
         self._last: torch.cuda.Event | None = None
@@ -81,17 +89,31 @@ class Graphs:
         given = values[: self._count]
         if not given or not all(t.is_cuda for t in given) or torch.cuda.is_current_stream_capturing():
             return self._function(*values)
-        key = tuple([(t.shape, t.stride(), t.dtype) for t in given])
+        key = tuple([(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given])
         with self._lock:
             if version != self._version:
                 self._graphs.clear()
+                self._plans.clear()
                 self._version = version
             captured = self._graphs.get(key)
             if captured is None and self._due(key):
                 captured = self._capture(key, values)
             if captured is not None:
                 return self._replay(captured, given)
-        return self._function(*values)
+            plans = self._plans.get(key)
+            seen = self._seen.get(key, 0)
+        if plans is not None:
+            return choice.following(plans, self._function, values)
+        if seen < BEFORE or len({t.data_ptr() for t in given}) < len(given):
+            result = self._function(*values)
+            if _bytes(result) > self._max_output_bytes:
+                self._large.add(key)
+            return result
+        result, plans = choice.noting(self._function, values)  # every call has its plan by now
+        with self._lock:
+            if version == self._version and len(self._plans) < MAX_SHAPES:
+                self._plans[key] = plans
+        return result
 
     @property
     def held(self) -> int:
@@ -102,12 +124,10 @@ class Graphs:
         return len(self._graphs)
 
     def _due(self, key: Shapes) -> bool:
-        if self.refused is not None:
-            return False
-        seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if len(self._seen) > 4096:
+        if len(self._seen) > MAX_SHAPES:
             self._seen.clear()
-        return seen > BEFORE
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        return seen > BEFORE and self.refused is None and key not in self._large and self._max_output_bytes > 0
 
     def _capture(self, key: Shapes, values: Sequence[Any]) -> _Captured | None:
         inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
@@ -139,9 +159,9 @@ class Graphs:
             else:
                 by_id[id(output)] = place
                 captured.copied.append(place)
-        size = sum(outputs[i].numel() * outputs[i].element_size() for i in captured.copied)
-        if size > self._max_output_bytes or any(i >= self._count for i in captured.passed.values()):
-            self._seen[key] = -(1 << 60)
+        size = _bytes(outputs)
+        if any(i >= self._count for i in captured.passed.values()):  # a weight as it is
+            self._large.add(key)
             return None
         captured.held = max(torch.cuda.memory_allocated(device) - before, size)
         self._graphs[key] = captured
@@ -171,6 +191,12 @@ class Graphs:
             self._last = torch.cuda.Event()
         self._last.record()
         return outputs
+
+
+def _bytes(outputs: Sequence[Any]) -> int:
+    """What distinct tensors among the outputs hold."""
+    tensors = {id(t): t for t in outputs if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _first(error: BaseException) -> str:

@@ -18,10 +18,11 @@ class Executable:
 
     Where each weight lives is resolved once; what stands there is read at every call, so that a replaced or moved
     parameter is used as it is. The caller has asked `Weights.changes()` before. On a GPU, shapes that come again are
-    run by a CUDA graph if their outputs have at most `graph_bytes` bytes; 0: never.
+    run by a CUDA graph if their outputs have at most `graph_bytes` bytes; with None each call runs as if it
+    were the first.
     """
 
-    def __init__(self, program: Program, weights: Weights, graph_bytes: int = 0) -> None:
+    def __init__(self, program: Program, weights: Weights, graph_bytes: int | None = None) -> None:
         self.program = program
         self._weights = weights
         self._run: Callable[..., Any] = program.gm.forward
@@ -39,7 +40,7 @@ class Executable:
         place = {id(meaning): index for index, meaning in enumerate(ordered)}
         order = [place[id(meaning)] for meaning in program.inputs]
         self._arrange: Callable[[Sequence[Any]], Any] = itemgetter(*order) if len(order) > 1 else list
-        self.graphs = Graphs(self._arranged, len(self.arguments), graph_bytes) if graph_bytes else None
+        self.graphs = Graphs(self._arranged, len(self.arguments), graph_bytes) if graph_bytes is not None else None
 
     def _arranged(self, *values: Any) -> Any:
         return self._run(*self._arrange(values))
