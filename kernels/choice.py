@@ -12,6 +12,7 @@ is the first kernel of all.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ def choose(op: Op, kernels: Sequence[Kernel], args: Sequence[Any], device: torch
         if entry.provider in by_name and entry.matches(features):
             return by_name[entry.provider]
     return kernels[0]
+
+
+log = logging.getLogger("regraft")
 
 
 class _Script(threading.local):
@@ -85,8 +89,8 @@ def bind(op: Op, kernels: Sequence[Kernel]) -> Callable[..., Any]:
 
     def first(key: replay.Key, args: tuple[Any, ...]) -> Any:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        run = choose(op, kernels, args, device).run
-        result, plan = replay.record(run, args)
+        best = choose(op, kernels, args, device)
+        result, run, plan = _first_that_runs(op, [best, *(k for k in kernels if k is not best)], args)
         if key[-1] is not None and device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
             if len(plans) >= replay.MAX_PLANS:
                 plans.clear()
@@ -100,3 +104,31 @@ def arranged(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     """All arguments by position, defaults filled in."""
     rest = op.overload._schema.arguments[len(args) :]
     return (*args, *(kwargs.get(a.name, a.default_value) for a in rest))
+
+
+def _first_that_runs(
+    op: Op, kernels: Sequence[Kernel], args: tuple[Any, ...]
+) -> tuple[Any, Callable[..., Any], replay.Plan | None]:
+    """Result, function and plan of the first kernel that can be compiled and launched for these sizes."""
+    for kernel in kernels:
+        try:
+            result, plan = replay.record(kernel.run, args)
+        except Exception as error:
+            if not is_kernel_failure(error):
+                raise
+            log.warning("the %s kernel of %s does not run here: %s", kernel.provider, op.name, brief(error))
+        else:
+            return result, kernel.run, plan
+    return op.reference(*args), op.reference, None
+
+
+def is_kernel_failure(error: Exception) -> bool:
+    """Whether a kernel could not be compiled or needs more than the device has, as opposed to a wrong call."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return "TritonError" in names or type(error) is LookupError or "PassManager" in str(error)
+
+
+def brief(error: BaseException) -> str:
+    """The last line of a message that may be a page long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__

@@ -18,9 +18,9 @@ from torch import fx
 from ..compiler.pipeline import Context
 from ..compiler.program import Program
 from ..compiler.provenance import module_of, source_of
-from ..compiler.records import NearMiss, PassResult, Reverted, Rewrite
+from ..compiler.records import Check, NearMiss, PassResult, Reverted, Rewrite
 from ..compiler.rule import Stage
-from ..compiler.verify import compare
+from ..compiler.verify import Evaluator, compare
 from ..kernels import choice
 from ..kernels.op import Kernel, Op
 from ..kernels.table import PROVIDERS, op_of
@@ -85,21 +85,28 @@ def _choose(
         if context.evaluator is None:
             found.append(kernel)
             continue
-        with graph.inserting_after(node):
-            trial = graph.call_function(kernel.run, node.args, node.kwargs)
-        check = compare(context.evaluator, [node], [node], [trial], [trial], meaning=False)
-        context.evaluator.forget([trial])
-        graph.erase_node(trial)
-        if check.passed:
+        check, reason = _check(graph, node, kernel, context.evaluator)
+        if reason is None:
             found.append(kernel)
             continue
-        result.reverted.append(
-            Reverted(
-                "lower",
-                module_of(node),
-                source_of(node),
-                f"the {kernel.provider} kernel of {op.name} errs by {check.error_after:.3g}, allowed {check.bound:.3g}",
-                check,
-            )
-        )
+        text = f"the {kernel.provider} kernel of {op.name} {reason}"
+        result.reverted.append(Reverted("lower", module_of(node), source_of(node), text, check))
     return tuple(found)
+
+
+def _check(graph: fx.Graph, node: fx.Node, kernel: Kernel, evaluator: Evaluator) -> tuple[Check | None, str | None]:
+    """The kernel against the node's own op, and what is wrong with it, if anything."""
+    with graph.inserting_after(node):
+        trial = graph.call_function(kernel.run, node.args, node.kwargs)
+    try:
+        check = compare(evaluator, [node], [node], [trial], [trial], meaning=False)
+    except Exception as error:
+        if not choice.is_kernel_failure(error):
+            raise
+        return None, f"does not run ({choice.brief(error)})"
+    finally:
+        evaluator.forget([trial])
+        graph.erase_node(trial)
+    if check.passed:
+        return check, None
+    return check, f"errs by {check.error_after:.3g}, allowed {check.bound:.3g}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from regraft.kernels import choice, replay
 from regraft.kernels.op import Kernel
@@ -97,3 +98,23 @@ def test_plans_exist_for_every_op(op: str) -> None:
         strict=True,
     ):
         assert torch.equal(one, other)
+
+
+def test_a_kernel_that_does_not_compile_makes_room_for_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    def failing(*args: Any) -> torch.Tensor:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    def wrong(*args: Any) -> torch.Tensor:
+        raise KeyError("a bug")
+
+    x = torch.randn(2, 8)
+    refused = Kernel(add_rms_norm, "first", failing, lambda signature: None)
+    other = Kernel(add_rms_norm, "second", add_rms_norm.reference, lambda signature: None)
+    want = add_rms_norm.reference(x, x, None, 1e-6)
+    for kernels in ([refused, other], [refused]):
+        caplog.clear()
+        made = choice.bind(add_rms_norm, kernels)(x, x, None, 1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(made, want, strict=True))
+        assert "the first kernel of add_rms_norm does not run here" in caplog.text
+    with pytest.raises(KeyError):
+        choice.bind(add_rms_norm, [Kernel(add_rms_norm, "third", wrong, lambda signature: None)])(x, x, None, 1e-6)
