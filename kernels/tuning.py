@@ -11,9 +11,10 @@ is within the device's limit. Nothing is timed at run time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -143,6 +144,20 @@ def _choose(
     return select_config(kernel, dict(features), shared_memory, file=file, limit=limit)
 
 
+_observers: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The configurations that launches in the block ask for, as text: `linear BLOCK_M=128, BLOCK_N=64, ...`."""
+    seen: list[str] = []
+    _observers.append(seen)
+    try:
+        yield seen
+    finally:
+        _observers.remove(seen)
+
+
 def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, device: torch.device) -> Config:
     """The configuration for one launch, remembered. Raises `LookupError` where none fits the device.
 
@@ -151,6 +166,8 @@ def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory
     config = _choose(kernel, tuple(sorted(features.items())), shared_memory, device)
     if config is None:
         raise LookupError(f"no configuration of {kernel} for {dict(features)} fits the shared memory of {device}")
+    for seen in _observers:
+        seen.append(f"{kernel} " + ", ".join(f"{name}={value}" for name, value in config.launch.items()))
     return config
 
 

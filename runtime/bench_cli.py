@@ -12,7 +12,7 @@ from typing import Any
 from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
 from .bench import REGRAFT, Bench, summary_table
 from .bench_forward import CANDIDATES, bench_forward
-from .bench_kernels import bench_kernels
+from .bench_kernels import bench_kernels, regressions
 from .loading import DTYPES, ArgumentError
 from .reuse import Earlier
 from .suite import Settings, read_suite, run_suite
@@ -35,9 +35,7 @@ def _add_forward(bench: Any) -> None:
     forward.add_argument(
         "--candidates", type=names(CANDIDATES), metavar="LIST", help=f"of {', '.join(CANDIDATES)}; eager always"
     )
-    forward.add_argument(
-        "--no-mask", action="store_true", help="no attention mask (rows of a suite say themselves)"
-    )
+    forward.add_argument("--no-mask", action="store_true", help="no attention mask (rows of a suite say themselves)")
     forward.add_argument("--limit", type=number, default=300, metavar="S", help="seconds a candidate may take")
     forward.add_argument("--reuse", metavar="FILE", help="peers from this JSON where eager or the device's rates agree")
     rounds(forward)
@@ -47,6 +45,10 @@ def _add_forward(bench: Any) -> None:
 def _add_kernels(bench: Any) -> None:
     kernels = bench.add_parser("kernels", help="every kernel of every op against PyTorch")
     kernels.add_argument("ops", nargs="*", metavar="OP", help="all ops where none is named")
+    kernels.add_argument("--op", metavar="LIST", help="the same as a list: rms_norm,attention")
+    kernels.add_argument("--shape", default="", metavar="TEXT", help="cases whose name contains this; * is any text")
+    kernels.add_argument("--baseline", metavar="FILE", help="JSON of an earlier run: fail where a kernel got slower")
+    kernels.add_argument("--threshold", type=float, default=0.08, metavar="SHARE", help="by how much, 0.08 by default")
     where(kernels)
     rounds(kernels)
     kernels.set_defaults(run=_kernels)
@@ -108,7 +110,34 @@ def _suite(args: argparse.Namespace) -> Bench:
 
 def _kernels(args: argparse.Namespace) -> int:
     device = device_of(args)
-    dtype = dtype_of(args, device)
-    bench = bench_kernels(device, dtype, args.ops, rounds=args.rounds, calls=args.calls, say=sayer(args))
+    baseline = _baseline(args.baseline) if args.baseline else None
+    ops = [*args.ops, *(args.op.split(",") if args.op else [])]
+    say = sayer(args)
+
+    def keep(bench: Bench) -> None:
+        if args.json != "-":
+            write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+
+    bench = bench_kernels(
+        device,
+        dtype_of(args, device),
+        ops,
+        shape=args.shape,
+        rounds=args.rounds,
+        calls=args.calls,
+        say=say,
+        done=keep,
+    )
     write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
-    return 1 if any(r.problem.startswith("wrong") for r in bench.results) else 0
+    slower = regressions(bench.results, baseline, args.threshold) if baseline is not None else []
+    for line in slower:
+        say(f"slower than {args.baseline}: {line}")
+    return 1 if slower or any(r.problem.startswith("wrong") and not r.peer for r in bench.results) else 0
+
+
+def _baseline(file: str) -> Any:
+    try:
+        plain = json.loads(Path(file).read_text())
+        return {"results": [r for r in plain["results"] if r["op"] and r["case"] and r["provider"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(f"--baseline {file!r}: not the JSON of `bench kernels` ({type(error).__name__})") from error

@@ -1,20 +1,26 @@
-"""The benchmark's cases: every op has some, and the peer computes what the op does."""
+"""The benchmark's cases: every op has some, the peers compute what the op does, and the parts are parts of it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from kernel_checks import as_tuple
 
-from regraft.kernels import cases as module
-from regraft.kernels.cases import Case, cases
-from regraft.kernels.table import OPS, select
+from regraft.kernels import cases_attention
+from regraft.kernels.attention import attention
+from regraft.kernels.case import Case, some_rows
+from regraft.kernels.cases import cases
+from regraft.kernels.cases_moe import _grouped, _some_tokens
+from regraft.kernels.moe import moe_experts
+from regraft.kernels.table import OPS
 
 CASES = [case for of_op in cases().values() for case in of_op]
 
 
 def test_every_op_has_cases() -> None:
-    assert set(cases()) == set(OPS) - {"moe_experts"}
+    assert set(cases()) == set(OPS)
 
 
 def identifier(case: Case) -> str:
@@ -25,22 +31,30 @@ def test_names_are_unique() -> None:
     assert len({identifier(case) for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=identifier)
-def test_arguments_fit_the_op_and_have_a_cost(case: Case) -> None:
-    arguments = case.arguments(torch.device("meta"))
-    case.op.signature(**arguments)
-    flops, moved = case.cost()
-    assert flops > 0
-    assert moved > max(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
+def test_arguments_fit_their_ops_and_have_a_cost() -> None:
+    for case in CASES:
+        arguments = case.arguments(torch.device("meta"))
+        case.op.signature(**arguments)
+        flops, moved = case.cost()
+        whole = [t for t in arguments.values() if isinstance(t, torch.Tensor) and 0 not in t.stride()]
+        smallest = max(t.nbytes for t in whole) if case.op.name != "moe_experts" else 0
+        assert flops > 0 and moved > smallest and case.peers, identifier(case)
+        for small, _ in case.parts(arguments):
+            case.op.signature(**small)
 
 
-@pytest.mark.parametrize("name", sorted(cases()))
-def test_peer_computes_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(cases()) - {"attention", "moe_experts"}))
+def test_peers_compute_the_same(name: str) -> None:
     case = cases(torch.float32)[name][0]
     arguments = case.arguments(torch.device("meta"))
     small = {n: shrink(t) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
-    for a, b in zip(as_tuple(case.peer(**small)), as_tuple(case.op.reference(**small)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    expected = as_tuple(case.op.reference(**small))
+    for peer in case.peers.values():
+        for a, b in zip(as_tuple(peer(small)()), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    for part, pick in case.parts(small):
+        for a, b in zip(as_tuple(case.op.reference(**part)), expected, strict=True):
+            assert torch.allclose(a.reshape(pick(b).shape), pick(b), rtol=1e-4, atol=1e-4)
 
 
 def shrink(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,18 +62,55 @@ def shrink(tensor: torch.Tensor) -> torch.Tensor:
     return torch.randn([size if size < 33 else 32 + size % 7 * 2 for size in tensor.shape]) * 0.5
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=identifier)
-def test_kernel_takes_the_case(case: Case) -> None:
-    """At full size: the kernel agrees with the peer to a few percent of the largest element, in bfloat16."""
-    arguments = case.arguments(torch.device("cuda"))
-    kernel, refused = select(case.op, case.op.signature(**arguments))
-    assert kernel is not None, refused
-    for a, b in zip(as_tuple(kernel.run(**arguments)), as_tuple(case.peer(**arguments)), strict=True):
-        assert (a.float() - b.float()).abs().max() <= 0.03 * b.float().abs().max()
+def test_rows_come_from_beginning_middle_and_end() -> None:
+    x = torch.arange(400.0)[:, None].expand(-1, 3)
+    parts = some_rows("x")({"x": x})
+    assert [part["x"][0, 0].item() for part, _ in parts] == [0, 184, 368]
+    assert all(torch.equal(pick(x), part["x"]) for part, pick in parts)
 
 
-def test_windowed_peer_is_the_op() -> None:
-    q, k, v = torch.randn(3, 1, 2, 9, 16).unbind(0)
-    expected = module.attention.reference(q, k, v, scale=0.25, left=3, right=0)
-    assert torch.allclose(module._sdpa(q, k, v, 0.25, 3, 0), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"causal": False},
+        {"window": 7},
+        {"softcap": 3.0},
+        {"sinks": True},
+        {"alibi": True},
+        {"queries": 1},
+    ],
+    ids=str,
+)
+def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(cases_attention, "_compiled_flex", lambda: flex_attention)
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 40, "keys": 40, "width": 16}
+    shape = cases_attention._Shape(**{**sizes, **more})
+    arguments = cases_attention._arguments(shape, torch.float32, torch.device("cpu"))
+    expected = attention.reference(**arguments)
+    if shape.plain:
+        peer = cases_attention._sdpa(shape, cases_attention.SDPBackend.MATH)
+        assert torch.allclose(peer(arguments)(), expected, rtol=1e-4, atol=1e-5)
+    if shape.queries > 1 and shape.causal:
+        assert torch.allclose(cases_attention._flex(shape, arguments)(), expected, rtol=1e-4, atol=1e-5)
+    parts = cases_attention._parts(arguments)
+    assert len(parts) == (2 if shape.queries == 1 else 6)
+    for part, pick in parts:
+        assert torch.allclose(attention.reference(**part), pick(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_peer_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def grouped_mm(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        begins = [0, *offs.tolist()[:-1]]
+        return torch.cat([x[i:j] @ w[e] for e, (i, j) in enumerate(zip(begins, offs.tolist(), strict=True))])
+
+    monkeypatch.setattr(torch, "_grouped_mm", grouped_mm)
+    scores, index = torch.rand(50, 6).topk(2, dim=-1)
+    arguments = {"hidden": torch.randn(50, 8), "top_k_index": index, "top_k_weights": scores, "kind": "silu"}
+    arguments |= {"up": torch.randn(6, 20, 8), "down": torch.randn(6, 8, 10)}
+    expected = moe_experts.reference(**arguments)
+    assert torch.allclose(_grouped(**arguments), expected, rtol=1e-4, atol=1e-4)
+    for part, pick in _some_tokens(arguments):
+        assert torch.allclose(moe_experts.reference(**part), pick(expected), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from runtime_models import tiny_llama
 
-from regraft.kernels import cases as kernel_cases
+from regraft.kernels import tuning
+from regraft.kernels.case import Case, plain, some_rows
 from regraft.kernels.op import Kernel
 from regraft.kernels.rms_norm import rms_norm
 from regraft.runtime import bench_forward as forward_module
@@ -23,7 +24,7 @@ from regraft.runtime.bench_forward import bench_forward
 from regraft.runtime.bench_kernels import bench_kernels
 from regraft.runtime.doctor import examine, examples
 from regraft.runtime.loading import inputs_for
-from regraft.runtime.timing import measure
+from regraft.runtime.timing import Timing, measure
 
 CPU = torch.device("cpu")
 
@@ -92,7 +93,7 @@ def test_forward_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> No
     assert "forward" not in vars(model), "the model that was given is left as it was"
 
 
-def small_case() -> kernel_cases.Case:
+def small_case() -> Case:
     def arguments(device: torch.device) -> dict[str, Any]:
         x = torch.randn(1, 5, 96, dtype=torch.bfloat16, device=device)
         return {"x": x, "weight": torch.randn(96, dtype=torch.bfloat16, device=device), "eps": 1e-6}
@@ -100,33 +101,72 @@ def small_case() -> kernel_cases.Case:
     def peer(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
-    return kernel_cases.Case(rms_norm, "5 rows of 96", torch.bfloat16, arguments, "F.rms_norm", peer)
+    def failing(**arguments: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel found")
+
+    peers = {"broken": plain(failing), "F.rms_norm": plain(peer)}
+    return Case(rms_norm, "5 rows of 96", torch.bfloat16, arguments, peers, some_rows("x"))
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, ms: dict[str, float]) -> None:
+    def measured(ready: dict[str, Any], device: torch.device, **settings: Any) -> dict[str, Timing]:
+        return {name: Timing(ms[name], ms[name], ms[name], 1, 0.0, "graph") for name in ready}
+
+    monkeypatch.setattr(kernels_module, "measure_kernels", measured)
 
 
 def test_kernels_wrong_and_refusing_providers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any) -> torch.Tensor:
         return rms_norm.reference(*args) * 1.1
 
+    def tuned(*args: Any) -> torch.Tensor:
+        tuning.choose("activation", {"N": 5}, tuning.RowMemory(0), CPU)
+        return rms_norm.reference(*args)
+
     providers = (
-        Kernel(rms_norm, "good", rms_norm.reference, lambda signature: None),
+        Kernel(rms_norm, "good", tuned, lambda signature: None),
         Kernel(rms_norm, "bad", wrong, lambda signature: None),
         Kernel(rms_norm, "picky", wrong, lambda signature: "x is too small"),
     )
     monkeypatch.setattr(kernels_module, "PROVIDERS", {"rms_norm": providers})
     monkeypatch.setattr(kernels_module, "cases", lambda dtype: {"rms_norm": (small_case(),)})
+    fake_times(monkeypatch, {"good": 0.004, "F.rms_norm": 0.002})
     said: list[str] = []
-    bench = bench_kernels(CPU, rounds=1, calls=1, say=said.append)
+    bench = bench_kernels(CPU, rounds=1, calls=1, shape="rows*96", say=said.append)
     results = {r.provider: r for r in bench.results}
-    assert results["good"].timing and results["F.rms_norm"].timing
+    assert results["good"].chosen and results["good"].us == 4.0 and results["F.rms_norm"].peer
+    assert results["good"].ratio == 0.5 and results["F.rms_norm"].ratio == 1.0
+    assert results["good"].config.startswith("activation BLOCK_N=")
     moved = 2 * (5 * 96 + 96) + 4 * 5 * 96  # without out_dtype the result is float32
-    assert results["good"].gb_s == pytest.approx(moved / (results["good"].us * 1e-6) / 1e9)
-    assert results["good"].roofline_share > 0
+    assert results["good"].gb_s == pytest.approx(moved / 4e-6 / 1e9)
+    assert results["good"].share > 0
     assert results["bad"].timing is None and results["bad"].problem.startswith("wrong")
     assert results["bad"].error > results["bad"].bound
     assert results["picky"].problem == "x is too small"
-    assert said[0] == "rms_norm, 5 rows of 96" and any("TFLOP/s" in line for line in said)
+    assert results["broken"].problem == "RuntimeError: no kernel found"
+    assert "rms_norm, 5 rows of 96" in said and any("TFLOP/s" in line for line in said)
+    assert kernels_module.slower(bench.results) == ["rms_norm, 5 rows of 96: good 4.0 us, 2.00 times F.rms_norm 2.0 us"]
     with pytest.raises(ValueError, match="'rope'"):
         bench_kernels(CPU, ops=["rope"])
+    with pytest.raises(ValueError, match="'7 rows'"):
+        bench_kernels(CPU, shape="7 rows")
+
+    before = json.loads(json.dumps(bench.to_dict()))
+    fake_times(monkeypatch, {"good": 0.0046, "F.rms_norm": 0.002})
+    later = bench_kernels(CPU, rounds=1, calls=1)
+    (line,) = kernels_module.regressions(later.results, before, 0.1)
+    assert "good: 4.0 -> 4.6 us, 1.15 times" in line
+    assert not kernels_module.regressions(later.results, before, 0.2)
+    fake_times(monkeypatch, {"good": 0.0046, "F.rms_norm": 0.0023})
+    assert not kernels_module.regressions(bench_kernels(CPU).results, before, 0.1), "the peer is slower too"
+
+
+def test_kernels_are_timed_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = (Kernel(rms_norm, "good", rms_norm.reference, lambda signature: None),)
+    monkeypatch.setattr(kernels_module, "PROVIDERS", {"rms_norm": providers})
+    monkeypatch.setattr(kernels_module, "cases", lambda dtype: {"rms_norm": (small_case(),)})
+    results = bench_kernels(CPU, rounds=1, calls=1).results
+    assert {r.provider for r in results if r.timing is not None and r.us > 0} == {"good", "F.rms_norm"}
 
 
 def test_every_op_with_a_kernel_is_examined_and_the_examples_fit_their_ops() -> None:
