@@ -61,6 +61,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             norm_linear_triton,
             rms_norm_triton,
             rope_triton,
+            skinny_triton,
         )
 
         for module in (
@@ -70,6 +71,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             attention_triton,
             activation_triton,
             linear_act_triton,
+            skinny_triton,
             norm_linear_triton,
         ):
             for kernel in module.KERNELS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regraft.kernels import attention_triton, linear_act_triton, tuning
+from regraft.kernels import attention_triton, linear_act_triton, skinny_triton, tuning
 from regraft.kernels.tuning import Config, Entry, RowMemory, choose, device_file, parse, select_config
 
 H200, RTX_3090 = 232_448, 101_376
@@ -48,6 +48,12 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
                     plan = attention_plan(width, itemsize, queries, aligned)
                     assert select_config("attention", *plan, file=file, limit=limit) is not None
             for rows in (1, 16, 17, 64, 65, 5000):
+                for weights, width in product((1, 2), (64, 4096, 28672)):
+                    few = {"M": min(rows, 64), "N": width, "K": width, "bytes": itemsize, "weights": weights}
+                    one = skinny_triton.GemvMemory(itemsize, weights)
+                    assert select_config("gemv", few, one, file=file, limit=limit) is not None
+                    some = skinny_triton.SkinnyMemory(2, weights, skinny_triton.block_of_rows(rows))
+                    assert select_config("skinny", few, some, file=file, limit=limit) is not None
                 for weights, aligned in product((1, 2), (True, False)):
                     plan = linear_act_triton._plan(rows, 4096, 4096, itemsize, weights, aligned)
                     assert select_config("linear", *plan, file=file, limit=limit) is not None
@@ -68,6 +74,8 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "norm_linear": {"M": 1, "N": 1, "K": 1},
+        "gemv": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
+        "skinny": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
     assert set(entries) == set(features) if file == "default" else set(entries) <= set(features)
