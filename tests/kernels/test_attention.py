@@ -293,7 +293,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing() -> None:
-    cache = attention_triton._attention_kernel.device_caches[0][0]
+    cache = attention_triton.attention_kernel.device_caches[0][0]
     seen = set()
     for queries, keys in [(1, 33), (1, 64), (17, 17), (64, 64), (31, 80), (16, 1600)]:
         q, k, v = qkv(2, 4, 2, queries, keys, 48, 48, torch.float16, "cuda")

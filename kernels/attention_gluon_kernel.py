@@ -1,0 +1,377 @@
+# mypy: disallow-untyped-defs=False
+"""Flash attention for Hopper in Gluon, after FlashAttention-3 (Shah et al., arXiv 2407.08608).
+
+One warp copies tiles of K and V into a ring in shared memory by TMA; two warp groups own 64 queries each. A group
+starts the scores of the next tile before it waits for the values of this one, so that its exponentials run beside the
+matrix unit, and the two groups take turns in starting theirs (ping-pong). Probabilities stay in registers.
+
+Tiles are walked from the last key to the first: the diagonal comes first, then the tiles that are seen whole, then the
+window's left edge. Programs are persistent: each takes every NUM_PROGRAMS-th tile of queries, the longest first.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E: Final = gl.constexpr(1.4426950408889634)
+LOWEST: Final = gl.constexpr(-3.4028234663852886e38)
+"""A finite start of the running maximum: no row needs a check for `-inf - -inf`."""
+
+
+@gluon.jit
+def _tile(index, B, H, Q_BLOCKS):
+    """Batch, head and block of a tile: the longest blocks of a causal mask first, heads of a group side by side."""
+    head = index % H
+    rest = index // H
+    return rest % B, head, Q_BLOCKS - 1 - rest // B
+
+
+@gluon.jit
+def _span(block, Q, K, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """Tiles of keys [first, stop) that a block sees, of which [whole, edge) are seen by all its queries."""
+    bottom = block * M + K - Q  # positions of the first and the last query among the keys
+    top = gl.minimum(block * M + M, Q) - 1 + K - Q
+    first = 0
+    whole = 0
+    stop = (K + N - 1) // N
+    edge = K // N
+    if HAS_LEFT:
+        first = gl.maximum(bottom - left, 0) // N
+        whole = (gl.maximum(top - left, 0) + N - 1) // N
+    if HAS_RIGHT:
+        stop = gl.minimum((gl.maximum(top + right + 1, 0) + N - 1) // N, stop)
+        edge = gl.minimum(gl.maximum(bottom + right + 1, 0) // N, edge)
+    stop = gl.maximum(stop, first + 1)  # a block that sees nothing walks over one tile that is masked
+    return first, whole, edge, stop
+
+
+@gluon.jit
+def _produce(descs, buffers, barriers, sizes, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, STAGES: gl.constexpr):
+    q_desc, k_desc, v_desc, o_desc = descs
+    q_bufs, k_bufs, v_bufs = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    B, H, GROUP, Q, K, Q_BLOCKS, left, right = sizes
+    M: gl.constexpr = 2 * q_bufs.shape[1]
+    N: gl.constexpr = k_bufs.shape[1]
+    D: gl.constexpr = k_bufs.shape[2]
+    DV: gl.constexpr = v_bufs.shape[2]
+    DTYPE: gl.constexpr = k_bufs.dtype
+    count = 0
+    filled = 0
+    for index in range(gl.program_id(0), B * H * Q_BLOCKS, gl.num_programs(0)):
+        batch, head, block = _tile(index, B, H, Q_BLOCKS)
+        first, whole, edge, stop = _span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, M, N)
+        kv_head = head // GROUP
+        for part in gl.static_range(2):
+            mbarrier.wait(q_empty.index(part), (filled & 1) ^ 1)
+            mbarrier.expect(q_full.index(part), q_desc.block_type.nbytes)
+            q_at = q_bufs.index(part)._reinterpret(DTYPE, [1, 1, M // 2, D], q_desc.layout)
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, head, block * M + part * (M // 2), 0], q_full.index(part), q_at
+            )
+        filled += 1
+        for back in range(0, stop - first):
+            j = stop - 1 - back
+            stage = count % STAGES
+            free = ((count // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            k_at = k_bufs.index(stage)._reinterpret(DTYPE, [1, 1, N, D], k_desc.layout)
+            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, j * N, 0], k_full.index(stage), k_at)
+            mbarrier.wait(v_empty.index(stage), free)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            v_at = v_bufs.index(stage)._reinterpret(DTYPE, [1, 1, N, DV], v_desc.layout)
+            tma.async_copy_global_to_shared(v_desc, [batch, kv_head, j * N, 0], v_full.index(stage), v_at)
+            count += 1
+
+
+@gluon.jit
+def _softmax(
+    s,
+    m,
+    total,
+    j,
+    low,
+    high,
+    key_mask_at,
+    bias_at,
+    step_p,
+    step_b,
+    K,
+    scale,
+    softcap,
+    EDGE: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """Probabilities of one tile, the new maximum and total, and what the accumulator is rescaled by.
+
+    Query i sees the keys from low[i] up to high[i].
+    """
+    N: gl.constexpr = s.shape[1]
+    key = j * N + gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
+    if HAS_SOFTCAP:
+        unit = softcap * LOG2E
+        s = unit - 2.0 * unit / (gl.exp2(s * (2.0 * LOG2E * scale / softcap)) + 1.0)
+    if HAS_BIAS:
+        if not HAS_SOFTCAP:
+            s = s * (scale * LOG2E)
+        bias = gl.load(bias_at + key.to(gl.int64) * step_b, mask=key < K, other=0.0).to(gl.float32)
+        s = s + (bias * LOG2E)[None, :]
+    if EDGE:
+        s = gl.where(key[None, :] < high[:, None], s, float("-inf"))
+        if HAS_LEFT:
+            s = gl.where(key[None, :] >= low[:, None], s, float("-inf"))
+    if HAS_KEY_MASK:
+        real = gl.load(key_mask_at + key.to(gl.int64) * step_p, mask=key < K, other=0)
+        s = gl.where((real != 0)[None, :], s, float("-inf"))
+    if HAS_SOFTCAP or HAS_BIAS:
+        m_new = gl.maximum(m, gl.max(s, axis=1))
+        p = gl.exp2(s - m_new[:, None])
+    else:
+        m_new = gl.maximum(m, gl.max(s, axis=1) * (scale * LOG2E))
+        p = gl.exp2(s * (scale * LOG2E) - m_new[:, None])
+    alpha = gl.exp2(m - m_new)
+    total = total * alpha + gl.sum(p, axis=1)
+    return p, m_new, total, alpha
+
+
+@gluon.jit
+def _consume(
+    descs,
+    buffers,
+    barriers,
+    sizes,
+    pointers,
+    numbers,
+    PART: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, o_desc = descs
+    q_bufs, k_bufs, v_bufs = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    B, H, GROUP, Q, K, Q_BLOCKS, left, right = sizes
+    key_mask_ptr, bias_ptr, sink_ptr = pointers
+    scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s = numbers
+    M: gl.constexpr = q_bufs.shape[1]
+    N: gl.constexpr = k_bufs.shape[1]
+    DV: gl.constexpr = v_bufs.shape[2]
+    DTYPE: gl.constexpr = k_bufs.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    q_smem = q_bufs.index(PART)
+    no_scores = gl.zeros([M, N], gl.float32, S_LAYOUT)
+    if PINGPONG and PART == 1:
+        mbarrier.arrive(turn.index(0), count=1)
+    count = 0
+    filled = 0
+    for index in range(gl.program_id(0), B * H * Q_BLOCKS, gl.num_programs(0)):
+        batch, head, block = _tile(index, B, H, Q_BLOCKS)
+        first, whole, edge, stop = _span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, 2 * M, N)
+        row = block * (2 * M) + PART * M
+        position = row + gl.arange(0, M, ROW) + (K - Q)
+        low = position - left
+        high = gl.full([M], 0, gl.int32, ROW) + K
+        if HAS_RIGHT:
+            high = gl.minimum(position + right + 1, K)
+        key_mask_at = key_mask_ptr + batch.to(gl.int64) * step_pb
+        bias_at = bias_ptr + batch.to(gl.int64) * step_bb + head.to(gl.int64) * step_bh
+        m = gl.full([M], LOWEST, gl.float32, ROW)
+        total = gl.zeros([M], gl.float32, ROW)
+        acc = gl.zeros([M, DV], gl.float32, O_LAYOUT)
+
+        mbarrier.wait(q_full.index(PART), filled & 1)
+        mbarrier.wait(k_full.index(count % STAGES), (count // STAGES) & 1)
+        if PINGPONG:
+            mbarrier.wait(turn.index(PART), count & 1)
+        scores = warpgroup_mma(
+            q_smem, k_bufs.index(count % STAGES).permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+        if PINGPONG:
+            mbarrier.arrive(turn.index(1 - PART), count=1)
+        s = warpgroup_mma_wait(0, deps=[scores])
+        gl.thread_barrier()
+        mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+        p, m, total, alpha = _softmax(
+            s, m, total, stop - 1, low, high, key_mask_at, bias_at, step_p, step_b, K, scale, softcap,
+            True, HAS_LEFT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, S_LAYOUT,
+        )  # fmt: skip
+        p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        count += 1
+
+        for SEGMENT in gl.static_range(3 if HAS_LEFT else 2):
+            if SEGMENT == 0:
+                begin = stop - 1
+                end = gl.maximum(gl.maximum(edge, whole), first)
+            elif SEGMENT == 1:
+                begin = gl.minimum(edge, stop - 1)
+                end = gl.maximum(whole, first)
+            else:
+                begin = gl.minimum(whole, stop - 1)
+                end = first
+            for back in range(0, begin - end):
+                stage = count % STAGES
+                old = (count - 1) % STAGES
+                mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+                if PINGPONG:
+                    mbarrier.wait(turn.index(PART), count & 1)
+                scores = warpgroup_mma(
+                    q_smem, k_bufs.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+                )
+                mbarrier.wait(v_full.index(old), ((count - 1) // STAGES) & 1)
+                values = warpgroup_mma(p, v_bufs.index(old), acc, is_async=True)
+                if PINGPONG:
+                    mbarrier.arrive(turn.index(1 - PART), count=1)
+                s = warpgroup_mma_wait(1, deps=[scores])
+                gl.thread_barrier()
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                p_new, m, total, alpha = _softmax(
+                    s, m, total, begin - 1 - back, low, high, key_mask_at, bias_at, step_p, step_b, K, scale, softcap,
+                    SEGMENT != 1, HAS_LEFT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, S_LAYOUT,
+                )  # fmt: skip
+                acc, _ = warpgroup_mma_wait(0, deps=[values, p])
+                gl.thread_barrier()
+                mbarrier.arrive(v_empty.index(old), count=1)
+                acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
+                p = gl.convert_layout(p_new.to(DTYPE), P_LAYOUT)
+                count += 1
+
+        old = (count - 1) % STAGES
+        mbarrier.wait(v_full.index(old), ((count - 1) // STAGES) & 1)
+        values = warpgroup_mma(p, v_bufs.index(old), acc, is_async=True)
+        if HAS_SINKS:
+            sink = gl.load(sink_ptr + head * step_s).to(gl.float32) * LOG2E
+            m_new = gl.maximum(m, sink)
+            alpha = gl.exp2(m - m_new)
+            total = total * alpha + gl.exp2(sink - m_new)
+        factor = 1.0 / gl.where(total == 0.0, 1.0, total)
+        if HAS_SINKS:
+            factor = factor * alpha
+        acc, _ = warpgroup_mma_wait(0, deps=[values, p])
+        gl.thread_barrier()
+        mbarrier.arrive(v_empty.index(old), count=1)
+        acc = acc * gl.convert_layout(factor, O_ROW)[:, None]
+        # The queries are read: their memory takes the output, until the copy has read that.
+        o_smem = q_smem._reinterpret(DTYPE, [M, DV], v_bufs.layout)
+        o_smem.store(acc.to(DTYPE))
+        fence_async_shared()
+        gl.thread_barrier()
+        o_at = q_smem._reinterpret(DTYPE, [1, 1, M, DV], o_desc.layout)
+        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_at)
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(PART), count=1)
+        filled += 1
+
+
+@gluon.jit(do_not_specialize=["B", "Q", "K", "Q_BLOCKS", "left", "right"])
+def attention_hopper_kernel(
+    q_desc,  # [B, H, Q, D], blocks of [1, 1, M, D]
+    k_desc,  # [B, Hkv, K, D], blocks of [1, 1, N, D]
+    v_desc,  # [B, Hkv, K, DV]
+    o_desc,  # [B, H, Q, DV]
+    key_mask_ptr,
+    bias_ptr,
+    sink_ptr,
+    B,
+    H,
+    GROUP,
+    Q,
+    K,
+    Q_BLOCKS,
+    step_pb,
+    step_p,
+    step_bb,
+    step_bh,
+    step_b,
+    step_s,
+    scale,
+    softcap,
+    left,
+    right,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = k_desc.dtype
+    M: gl.constexpr = q_desc.block_type.shape[2]
+    N: gl.constexpr = k_desc.block_type.shape[2]
+    D: gl.constexpr = k_desc.block_type.shape[3]
+    DV: gl.constexpr = v_desc.block_type.shape[3]
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, DV], DTYPE)
+    q_bufs = gl.allocate_shared_memory(DTYPE, [2, M, D], Q_LAYOUT)
+    k_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], K_LAYOUT)
+    v_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, N, DV], V_LAYOUT)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    descs = (q_desc, k_desc, v_desc, o_desc)
+    buffers = (q_bufs, k_bufs, v_bufs)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    sizes = (B, H, GROUP, Q, K, Q_BLOCKS, left, right)
+    pointers = (key_mask_ptr, bias_ptr, sink_ptr)
+    numbers = (scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    descs, buffers, barriers, sizes, pointers, numbers, 0, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, STAGES, PINGPONG,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    descs, buffers, barriers, sizes, pointers, numbers, 1, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, STAGES, PINGPONG,
+                ),
+            ),
+            (_produce, (descs, buffers, barriers, sizes, HAS_LEFT, HAS_RIGHT, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
