@@ -66,7 +66,7 @@ def _layer_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
     x_rows = row_offsets(rows, N1, N2, stride_x0, stride_x1, stride_x2)
@@ -108,8 +108,8 @@ def _run(
     (n0, n1, n2), strides = leading
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    config = choose("layer_norm", {"D": block}, RowMemory(block), x.device)
     rows = n0 * n1 * n2
+    config = choose("layer_norm", {"D": block, "R": rows, "bytes": x.element_size()}, RowMemory(block), x.device)
     with on_device(x):
         launch(
             _layer_norm_kernel,

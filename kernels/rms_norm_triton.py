@@ -30,10 +30,13 @@ MAX_WIDTH: Final = 65536
 
 @triton.jit
 def row_offsets(rows, N1, N2, stride_0, stride_1, stride_2):
-    """Offsets of rows (int64) of a tensor with three leading dimensions, the last two of sizes N1 and N2."""
-    inner = rows % N2
+    """Offsets (int64) of rows of a tensor with three leading dimensions, the last two of sizes N1 and N2.
+
+    Rows are divided as they come: 32 bits, where there are few enough, take a fraction of the time of 64.
+    """
+    inner = (rows % N2).to(tl.int64)
     outer = rows // N2
-    return (outer // N1) * stride_0 + (outer % N1) * stride_1 + inner * stride_2
+    return (outer // N1).to(tl.int64) * stride_0 + (outer % N1).to(tl.int64) * stride_1 + inner * stride_2
 
 
 @triton.jit(do_not_specialize=["R", "N1", "N2"])
@@ -75,7 +78,7 @@ def _rms_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
     x_rows = row_offsets(rows, N1, N2, stride_x0, stride_x1, stride_x2)
@@ -127,8 +130,8 @@ def _run(
     (n0, n1, n2), strides = leading
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    config = choose("rms_norm", {"D": block}, RowMemory(block), x.device)
     rows = n0 * n1 * n2
+    config = choose("rms_norm", {"D": block, "R": rows, "bytes": x.element_size()}, RowMemory(block), x.device)
     with on_device(x):
         launch(
             _rms_norm_kernel,

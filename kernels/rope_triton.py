@@ -92,7 +92,7 @@ def _rope_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     pair = tl.arange(0, BLOCK_P).to(tl.int64)  # [BLOCK_P]
     if INTERLEAVED:
         first = 2 * pair
@@ -176,8 +176,9 @@ def _run(
         return y.copy_(_run(x.contiguous(), weight, cos.contiguous(), sin.contiguous(), norm, layout, compute_dtype))
     (n0, n1, n2), strides = leading
     pairs, tail = triton.next_power_of_2(rotary // 2), triton.next_power_of_2(max(1, width - rotary))
-    config = choose("rope", {"D": triton.next_power_of_2(width)}, RowMemory(width), x.device)
     rows = n0 * n1 * n2
+    features = {"D": triton.next_power_of_2(width), "R": rows, "bytes": x.element_size()}
+    config = choose("rope", features, RowMemory(width), x.device)
     with on_device(x):
         launch(
             _rope_kernel,

@@ -144,13 +144,27 @@ def _choose(
     return select_config(kernel, dict(features), shared_memory, file=file, limit=limit)
 
 
-_observers: list[list[str]] = []
+@dataclass(frozen=True)
+class Asked:
+    """One question for a configuration, and its answer."""
+
+    kernel: str
+    features: tuple[tuple[str, int], ...]
+    shared_memory: SharedMemory
+    config: Config
+
+    def __str__(self) -> str:
+        return f"{self.kernel} " + ", ".join(f"{name}={value}" for name, value in self.config.launch.items())
+
+
+_observers: list[list[Asked]] = []
+_forced: dict[str, Config] = {}
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[str]]:
-    """The configurations that launches in the block ask for, as text: `linear BLOCK_M=128, BLOCK_N=64, ...`."""
-    seen: list[str] = []
+def recorded() -> Iterator[list[Asked]]:
+    """The configurations that launches in the block ask for."""
+    seen: list[Asked] = []
     _observers.append(seen)
     try:
         yield seen
@@ -158,16 +172,27 @@ def recorded() -> Iterator[list[str]]:
         _observers.remove(seen)
 
 
+@contextlib.contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Every launch of the kernel in the block takes this configuration."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
 def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, device: torch.device) -> Config:
     """The configuration for one launch, remembered. Raises `LookupError` where none fits the device.
 
     `shared_memory` must be hashable and equal for equal features: a function, or a frozen dataclass.
     """
-    config = _choose(kernel, tuple(sorted(features.items())), shared_memory, device)
+    asked = tuple(sorted(features.items()))
+    config = _forced.get(kernel) or _choose(kernel, asked, shared_memory, device)
     if config is None:
         raise LookupError(f"no configuration of {kernel} for {dict(features)} fits the shared memory of {device}")
     for seen in _observers:
-        seen.append(f"{kernel} " + ", ".join(f"{name}={value}" for name, value in config.launch.items()))
+        seen.append(Asked(kernel, asked, shared_memory, config))
     return config
 
 

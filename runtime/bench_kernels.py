@@ -160,7 +160,7 @@ class _Measured:
             with torch.no_grad(), tuning.recorded() as configs:
                 self.outputs[name] = _tensors(calls[0]())
             self.calls[name] = calls
-            self.configs[name] = "; ".join(dict.fromkeys(configs))
+            self.configs[name] = "; ".join(dict.fromkeys(map(str, configs)))
         except Exception as error:  # noqa: BLE001 - a peer may refuse a call in any way; the others are still measured
             self.problems[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 

@@ -93,10 +93,8 @@ def measure_kernels(
     graphs: dict[str, _Graph] = {}
     for name, each in candidates.items():
         times = max(1, round(calls / len(each))) * len(each)
-        try:
+        if not _waits(each[0], device):
             graphs[name] = _Graph([each[i % len(each)] for i in range(times)], flush if small else None, device)
-        except RuntimeError:  # something in it waits for the device, which a graph cannot
-            torch.cuda.synchronize(device)
     base = _Graph([lambda: None] * calls, flush, device) if small else None
     found: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(rounds):
@@ -109,6 +107,20 @@ def measure_kernels(
     }
     others = {n: c[0] for n, c in candidates.items() if n not in timings}
     return {**timings, **measure(others, device, rounds=rounds, calls=calls, device_time=True)}
+
+
+def _waits(call: Call, device: torch.device) -> bool:
+    """Whether the host waits for the device in it, which a CUDA graph cannot hold."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize(device)
+    return False
 
 
 class _Flush:
@@ -162,12 +174,24 @@ def device_rates(device: torch.device) -> dict[str, float]:
     source = torch.ones(1 << 30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    runs = {"copy": [lambda: target.copy_(source)], "matmul": [lambda: a @ b]}
-    found = measure_kernels(runs, device, small=False, rounds=3, calls=4)
-    return {
-        "copy_tb_s": 2 * source.nbytes / found["copy"].median_ms / 1e9,
-        "matmul_tflop_s": 2 * 8192**3 / found["matmul"].median_ms / 1e9,
-    }
+    copy_ms = _back_to_back(lambda: target.copy_(source), device)
+    matmul_ms = _back_to_back(lambda: a @ b, device)
+    return {"copy_tb_s": 2 * source.nbytes / copy_ms / 1e9, "matmul_tflop_s": 2 * 8192**3 / matmul_ms / 1e9}
+
+
+def _back_to_back(call: Call, device: torch.device) -> float:
+    """Milliseconds of one of several calls in a row, outside of a CUDA graph, which would copy by another way."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    found = []
+    for _ in range(4):
+        call()
+        begin.record()
+        for _ in range(5):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        found.append(begin.elapsed_time(end) / 5)
+    return float(min(found))
 
 
 def _warm_up(call: Call, device: torch.device, times: int) -> float:

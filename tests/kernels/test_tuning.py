@@ -67,10 +67,10 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_files_are_complete_and_their_features_exist(file: str) -> None:
     features = {
-        "rms_norm": {"D": 64},
-        "layer_norm": {"D": 64},
-        "rope": {"D": 64},
-        "activation": {"N": 64},
+        "rms_norm": {"D": 64, "R": 1, "bytes": 2},
+        "layer_norm": {"D": 64, "R": 1, "bytes": 2},
+        "rope": {"D": 64, "R": 1, "bytes": 2},
+        "activation": {"N": 64, "R": 1, "bytes": 2},
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "norm_linear": {"M": 1, "N": 1, "K": 1},
