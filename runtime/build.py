@@ -34,6 +34,7 @@ from .nested import nest
 from .options import Options
 from .record import Record, SignatureRecord
 from .repair import Attempt, Compile, Site, repair
+from .shortened import shortened
 from .weights import Weights
 
 log = logging.getLogger("regraft")
@@ -168,6 +169,7 @@ class Builder:
             forward = nest(unbound, call.shapes) if self._overridden or call.shapes else None
             program = self._stages.capture(self.module, call, forward)
         entry.notes += program.notes
+        program.example = self._short(program, entry)
 
         certifier = Certifier(self.module, nest(self._original, call.shapes), program, call.given, self.weights.value)
         attempt = self._attempts(program, entry, certifier)
@@ -201,6 +203,17 @@ class Builder:
             self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)),
             kinds,
         )
+
+    @staticmethod
+    def _short(program: Program, entry: SignatureRecord) -> dict[str, torch.Tensor]:
+        """What the program is checked with: long calls cost more memory in higher precision than there may be."""
+        example = shortened(program.example, program.limits)
+        name, cut = next(((n, t) for n, t in example.items() if t.shape != program.example[n].shape), (None, None))
+        if name is not None and cut is not None:
+            entry.notes.append(
+                Note("", f"checked with {name} {list(cut.shape)}, called with {list(program.example[name].shape)}")
+            )
+        return example
 
     def _guarded(self, executable: Executable, program: Program, deny: frozenset[Site] = frozenset()) -> Guarded:
         def keeping_masks() -> Executable:

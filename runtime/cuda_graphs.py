@@ -1,17 +1,18 @@
 """CUDA graphs of a program for shapes that come again: the host launches one graph instead of every kernel.
 
-Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
+A graph is made when a set of shapes comes for the third time and the GPU waited for the host the second time. Inputs
+are copied into the graph's own, outputs are copied out, so that a caller may keep them; where those copies would be
+large the forward runs directly. All graphs of a process share one memory pool, since none runs beside another: what
+they hold is bounded in number and in bytes, and those not used for longest go first.
 
-A graph is made when a set of shapes comes for the third time. Inputs are copied into the graph's own, outputs are
-copied out, so that a caller may keep them; where those copies would be large, kernels are long and there is nothing to
-win. All graphs of a process share one memory pool, since none runs beside another: what they hold is bounded in number
-and in bytes, and those not used for longest go first.
+Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from .options import Options
 log = logging.getLogger("regraft")
 
 BEFORE: Final = 2
-"""Calls with the same shapes that run directly first; the first of them compiles and measures nothing else."""
+"""Calls with the same shapes that run directly first: one compiles what is missing, one is watched."""
+HOST_SHARE: Final = 0.6
+"""Of the time from the first kernel's start to the last one's end: where the host takes less, the GPU hardly waits."""
 MAX_GRAPHS: Final = 16
 MAX_OUTPUT_BYTES: Final = 64 << 20
 """Outputs that would have to be copied; above it a forward runs directly."""
@@ -77,7 +80,9 @@ class Graphs:
         self._seen: dict[Shapes, int] = {}
         self._plans: dict[Shapes, tuple[Any, ...]] = {}
         self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
-        self._large: set[Shapes] = set()
+        self._direct: set[Shapes] = set()
+        """Shapes for which a graph is of no use."""
+        self._watched: dict[Shapes, tuple[float, torch.cuda.Event, torch.cuda.Event, int]] = {}
         self._lock = threading.Lock()
         self._version: object = None
         self._last: torch.cuda.Event | None = None
@@ -104,16 +109,36 @@ class Graphs:
             seen = self._seen.get(key, 0)
         if plans is not None:
             return choice.following(plans, self._function, values)
+        if seen == BEFORE:
+            return self._watch(key, values)
         if seen < BEFORE or len({t.data_ptr() for t in given}) < len(given):
-            result = self._function(*values)
-            if _bytes(result) > self._max_output_bytes:
-                self._large.add(key)
-            return result
+            return self._function(*values)
         result, plans = choice.noting(self._function, values)  # every call has its plan by now
         with self._lock:
             if version == self._version and len(self._plans) < MAX_SHAPES:
                 self._plans[key] = plans
         return result
+
+    def _watch(self, key: Shapes, values: Sequence[Any]) -> Any:
+        """Run directly, and see whether the host or the GPU takes longer, and how large the outputs are."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = time.perf_counter()
+        begin.record()
+        result = self._function(*values)
+        end.record()
+        host_ms = 1e3 * (time.perf_counter() - start)
+        self._watched[key] = (host_ms, begin, end, _bytes(result))
+        return result
+
+    def _worth_it(self, key: Shapes) -> bool:
+        """Whether the GPU waited for the host in the call that was watched; decided once."""
+        watched = self._watched.pop(key, None)
+        if watched is not None:
+            host_ms, begin, end, size = watched
+            end.synchronize()
+            if size > self._max_output_bytes or host_ms < HOST_SHARE * begin.elapsed_time(end):
+                self._direct.add(key)
+        return key not in self._direct
 
     @property
     def held(self) -> int:
@@ -127,7 +152,7 @@ class Graphs:
         if len(self._seen) > MAX_SHAPES:
             self._seen.clear()
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        return seen > BEFORE and self.refused is None and key not in self._large and self._max_output_bytes > 0
+        return seen > BEFORE and self.refused is None and self._max_output_bytes > 0 and self._worth_it(key)
 
     def _capture(self, key: Shapes, values: Sequence[Any]) -> _Captured | None:
         inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
@@ -161,7 +186,7 @@ class Graphs:
                 captured.copied.append(place)
         size = _bytes(outputs)
         if any(i >= self._count for i in captured.passed.values()):  # a weight as it is
-            self._large.add(key)
+            self._direct.add(key)
             return None
         captured.held = max(torch.cuda.memory_allocated(device) - before, size)
         self._graphs[key] = captured

@@ -10,6 +10,7 @@ import torch
 
 from ..compiler.program import InputKind, Program, Recipe
 from .cuda_graphs import Graphs
+from .direct import direct
 from .weights import Weights, pack_key
 
 
@@ -25,7 +26,7 @@ class Executable:
     def __init__(self, program: Program, weights: Weights, graph_bytes: int | None = None) -> None:
         self.program = program
         self._weights = weights
-        self._run: Callable[..., Any] = program.gm.forward
+        self._run = direct(program.gm)
         kinds = (InputKind.USER, InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.PACKED)
         grouped = {kind: [i for i in program.inputs if i.kind is kind] for kind in kinds}
         live = grouped[InputKind.PARAMETER] + grouped[InputKind.BUFFER]

@@ -1,0 +1,35 @@
+"""Examples for checking: as long as they need to be, never of sizes that the graph does not take."""
+
+from __future__ import annotations
+
+import torch
+
+from regraft.compiler.program import Guard, Limits
+from regraft.runtime.shortened import ROWS, TOKENS, shortened
+
+
+def _limits(**shapes: tuple[int | str, ...]) -> Limits:
+    return Limits({name: Guard(torch.int64, shape) for name, shape in shapes.items()})
+
+
+def test_tokens_and_rows() -> None:
+    limits = _limits(input_ids=("b", "s"), attention_mask=("b", "s"))
+    for batch, length, want in ((1, 8192, (1, TOKENS)), (64, 8192, (2, TOKENS)), (3, 5, (3, 5)), (64, 512, (4, 512))):
+        example = {n: torch.arange(batch * length).view(batch, length) for n in ("input_ids", "attention_mask")}
+        made = shortened(example, limits)
+        assert all(tuple(t.shape) == want and t.is_contiguous() for t in made.values())
+        assert torch.equal(made["input_ids"], example["input_ids"][: want[0], : want[1]])
+
+
+def test_images_have_rows_only() -> None:
+    images = {"pixel_values": torch.zeros(64, 3, 4, 4, dtype=torch.int64)}
+    made = shortened(images, _limits(pixel_values=("b", 3, 4, 4)))
+    assert made["pixel_values"].shape == (ROWS, 3, 4, 4)
+
+
+def test_sizes_that_are_fixed_or_bound_stay() -> None:
+    example = {"input_ids": torch.zeros(2, 4096, dtype=torch.int64)}
+    assert shortened(example, _limits(input_ids=("b", 4096)))["input_ids"].shape == (2, 4096)
+    bound = _limits(input_ids=("b", "s"))
+    bound.ranges["s"] = (2048, None)
+    assert shortened(example, bound)["input_ids"].shape == (2, 4096)
