@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..compiler.pipeline import Context
@@ -21,7 +22,8 @@ from ..compiler.provenance import module_of, source_of
 from ..compiler.records import Check, NearMiss, PassResult, Reverted, Rewrite
 from ..compiler.rule import Stage
 from ..compiler.verify import Evaluator, compare
-from ..kernels import choice
+from ..kernels import choice, tuning
+from ..kernels.linear_act import linear_act
 from ..kernels.op import Kernel, Op
 from ..kernels.table import PROVIDERS, op_of
 
@@ -36,9 +38,14 @@ def lower(program: Program, context: Context) -> PassResult:
     chosen: dict[Any, tuple[Kernel, ...]] = {}
     bound: dict[Any, Any] = {}
     for node in list(graph.nodes):
-        op = op_of(node.target)
+        plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
+        op = linear_act if plain else op_of(node.target)
         if op is None:
             continue
+        if plain:
+            x, weight, bias = (*node.args, None)[:3]
+            node.args, node.kwargs = (x, weight, node.kwargs.get("bias", bias), "identity"), {}
+            node.target = linear_act.overload
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         signature = op.signature(*args, **kwargs)
         key = (op.name, repr(signature))
@@ -63,6 +70,20 @@ def lower(program: Program, context: Context) -> PassResult:
     return result
 
 
+def _by_rows(context: Context) -> bool:
+    """Whether a plain linear layer has another provider than PyTorch for some number of rows on this device."""
+    device = context.settings.device
+    if device.type != "cuda" or not _plain_linears():
+        return False
+    return "linear_act" in tuning.providers(tuning.device_limits(device)[0])
+
+
+def _plain_linears() -> tuple[Kernel, ...]:
+    """PyTorch's first: without a measurement nothing else computes a plain linear layer."""
+    kernels = {k.provider: k for k in PROVIDERS.get("linear_act", ())}
+    return tuple(kernels[p] for p in ("cublas", "skinny") if p in kernels)
+
+
 def _choose(
     graph: fx.Graph,
     node: fx.Node,
@@ -75,7 +96,8 @@ def _choose(
 ) -> tuple[Kernel, ...]:
     """The kernels that support the call and compute it right, best first; empty: the reference."""
     found: list[Kernel] = []
-    for kernel in PROVIDERS.get(op.name, ()):
+    plain = op is linear_act and signature["kind"] == "identity"
+    for kernel in _plain_linears() if plain else PROVIDERS.get(op.name, ()):
         reason = kernel.supports(signature)
         if reason is not None:
             if context.settings.device.type == "cuda":
