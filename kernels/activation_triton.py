@@ -151,7 +151,7 @@ def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     if flat is None:  # more than four dimensions that cannot be merged: work on copies
         return y.copy_(_run(x.contiguous(), None if up is None else up.contiguous(), kind))
     (n0, n1, n2, n), strides = flat
-    features = {"N": n, "R": n0 * n1 * n2, "bytes": x.element_size()}
+    features = {"N": n, "R": n0 * n1 * n2, "bytes": x.element_size(), "gated": int(up is not None)}
     config = choose("activation", features, RowMemory(0), x.device)
     col_blocks = triton.cdiv(n, config["BLOCK_N"])
     with on_device(x):

@@ -112,7 +112,8 @@ def _first_that_runs(
     """Result, function and plan of the first kernel that can be compiled and launched for these sizes."""
     for kernel in kernels:
         try:
-            result, plan = replay.record(kernel.run, args)
+            with tuning.calling(kernel.run, args):
+                result, plan = replay.record(kernel.run, args)
         except Exception as error:
             if not is_kernel_failure(error):
                 raise

@@ -6,14 +6,17 @@
 A device's file may also say, in a section "providers", which provider of an op was measured to be the fastest where
 (see `choice.py`). Entries are tried in order, the device's own before the default ones. An entry fits when every
 feature in `where` lies in its inclusive range and when its need of shared memory, which the kernel's module computes,
-is within the device's limit. Nothing is timed at run time.
+is within the device's limit. Nothing is timed at run time: `python -m regraft tune` does that, and what it finds comes
+before all tables (see `tuning_cache.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,35 +25,15 @@ from typing import Any, Final
 import torch
 import triton
 
+from . import tuning_cache
+from .config import Config
+
+log = logging.getLogger("regraft")
+
 DIRECTORY: Final = Path(__file__).parent / "tuning"
 DEFAULT: Final = "default"
 MANY: Final = 1 << 30
 """Stands for a size that is not known when a configuration is looked for."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Block sizes by name, warps per program and pipeline stages."""
-
-    blocks: tuple[tuple[str, int], ...]
-    num_warps: int
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        sizes = (*self.blocks, ("num_warps", self.num_warps))
-        for name, value in sizes:
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name} must be a power of two, got {value}")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
-
-    def __getitem__(self, block: str) -> int:
-        return dict(self.blocks)[block]
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """The keyword arguments of the launch."""
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
@@ -91,9 +74,7 @@ def parse(text: str) -> dict[str, tuple[Entry, ...]]:
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
-    blocks = dict(data["config"])
-    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    return Entry(_where(data), Config(tuple(blocks.items()), warps, stages))
+    return Entry(_where(data), Config.of(data["config"]))
 
 
 @functools.cache
@@ -114,6 +95,12 @@ def load(name: str) -> Mapping[str, tuple[Entry, ...]]:
     """The entries of one file of `tuning/`; empty when there is none for that device."""
     path = DIRECTORY / f"{name}.json"
     return parse(path.read_text()) if path.exists() else {}
+
+
+def known_configs(kernel: str) -> list[Config]:
+    """Every configuration of the kernel in any file of `tuning/`."""
+    found = [e.config for p in sorted(DIRECTORY.glob("*.json")) for e in load(p.stem).get(kernel, ())]
+    return list(dict.fromkeys(found))
 
 
 @functools.cache
@@ -140,25 +127,61 @@ def select_config(
 def _choose(
     kernel: str, features: tuple[tuple[str, int], ...], shared_memory: SharedMemory, device: torch.device
 ) -> Config | None:
+    """What was measured here for these sizes, the device's own table, what was measured here nearby, the default."""
     file, limit = device_limits(device)
-    return select_config(kernel, dict(features), shared_memory, file=file, limit=limit)
+    known = dict(features)
+    if file != DEFAULT:
+        mine = tuning_cache.entries(file).get(kernel, {})
+        exact = mine.get(tuning_cache.bucket(known))
+        if exact is not None and (limit is None or shared_memory(exact) <= limit):
+            return exact
+        if not any(e.matches(known) for e in load(file).get(kernel, ())):
+            _say_untuned(kernel, known, file)
+            near = tuning_cache.nearest(mine, known)
+            if near is not None and (limit is None or shared_memory(near) <= limit):
+                return near
+    return select_config(kernel, known, shared_memory, file=file, limit=limit)
+
+
+untuned: dict[str, str] = {}
+"""By kernel, sizes for which nothing was measured on this device, said once each."""
+
+
+def _say_untuned(kernel: str, features: Mapping[str, int], file: str) -> None:
+    if kernel in untuned:
+        return
+    sizes = ", ".join(f"{name} {value}" for name, value in features.items())
+    untuned[kernel] = f"{kernel} was not measured on {file} for {sizes}; the nearest known configuration runs"
+    log.info("%s; `python -m regraft tune MODEL` measures", untuned[kernel])
+
+
+def forget() -> None:
+    """Look up everything anew: what was measured here has changed."""
+    tuning_cache.entries.cache_clear()
+    _choose.cache_clear()
+    untuned.clear()
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question for a configuration, and its answer."""
+    """One question for a configuration, its answer, and the launcher that asked with its arguments."""
 
     kernel: str
     features: tuple[tuple[str, int], ...]
     shared_memory: SharedMemory
     config: Config
+    call: Call | None = None
 
     def __str__(self) -> str:
         return f"{self.kernel} " + ", ".join(f"{name}={value}" for name, value in self.config.launch.items())
 
 
 _observers: list[list[Asked]] = []
-_forced: dict[str, Config] = {}
+_forced: contextvars.ContextVar[Mapping[str, Config]] = contextvars.ContextVar("forced", default={})  # noqa: B039
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 
 @contextlib.contextmanager
@@ -173,13 +196,26 @@ def recorded() -> Iterator[list[Asked]]:
 
 
 @contextlib.contextmanager
-def forced(kernel: str, config: Config) -> Iterator[None]:
-    """Every launch of the kernel in the block takes this configuration."""
-    _forced[kernel] = config
+def calling(run: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[None]:
+    """Says which launcher asks in the block, while somebody records."""
+    if not _observers:
+        yield
+        return
+    token = _call.set((run, args))
     try:
         yield
     finally:
-        del _forced[kernel]
+        _call.reset(token)
+
+
+@contextlib.contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Every launch of the kernel in the block, on this thread, takes this configuration."""
+    token = _forced.set({**_forced.get(), kernel: config})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory, device: torch.device) -> Config:
@@ -188,11 +224,11 @@ def choose(kernel: str, features: Mapping[str, int], shared_memory: SharedMemory
     `shared_memory` must be hashable and equal for equal features: a function, or a frozen dataclass.
     """
     asked = tuple(sorted(features.items()))
-    config = _forced.get(kernel) or _choose(kernel, asked, shared_memory, device)
+    config = _forced.get().get(kernel) or _choose(kernel, asked, shared_memory, device)
     if config is None:
         raise LookupError(f"no configuration of {kernel} for {dict(features)} fits the shared memory of {device}")
     for seen in _observers:
-        seen.append(Asked(kernel, asked, shared_memory, config))
+        seen.append(Asked(kernel, asked, shared_memory, config, _call.get()))
     return config
 
 

@@ -11,9 +11,10 @@ import torch
 from . import arguments, bench_cli
 from .doctor import doctor
 from .errors import RegraftError
-from .loading import has_weights
+from .loading import ArgumentError, has_weights
 from .optimize import optimize
 from .report import Report
+from .tune import tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
     bench_cli.add(verbs)
 
+    tune = verbs.add_parser("tune", help="measure configurations of the kernels that a model uses, and keep them")
+    arguments.model(tune)
+    tune.add_argument("--batch", type=arguments.numbers, default=[1], metavar="LIST", help="1,8")
+    tune.add_argument("--length", type=arguments.numbers, default=[512], metavar="LIST", help="128,2048")
+    tune.set_defaults(run=_tune)
+
     health = verbs.add_parser("doctor", help="versions, device, and a self-test of each kernel")
     arguments.where(health)
     health.set_defaults(run=_doctor)
@@ -61,6 +68,15 @@ def _optimize(args: argparse.Namespace) -> int:
         print(report)
     arguments.write(args.json, report.to_json)
     arguments.write(args.html, report.to_html)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    device = arguments.device_of(args)
+    if device.type != "cuda":
+        raise ArgumentError(f"tune: --device {device}: configurations are measured on a CUDA device")
+    shapes = [(batch, length) for batch in args.batch for length in args.length]
+    tune(arguments.load(args, device), shapes, say=lambda line: print(line, flush=True))
     return 0
 
 

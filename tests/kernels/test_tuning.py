@@ -59,9 +59,12 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
                     assert select_config("linear", *plan, file=file, limit=limit) is not None
         for kernel in ("rms_norm", "layer_norm", "rope"):
             for width in (1, 2, 64, 256, 512, 2048, 32768):
-                assert select_config(kernel, {"D": width}, RowMemory(width), file=file, limit=limit) is not None
+                for rows in (1, 5000):
+                    features = {"D": width, "R": rows, "bytes": 2}
+                    assert select_config(kernel, features, RowMemory(width), file=file, limit=limit) is not None
         for n in (1, 300, 10**9):
-            assert select_config("activation", {"N": n}, RowMemory(0), file=file, limit=limit) is not None
+            features = {"N": n, "R": 1, "bytes": 2, "gated": 0}
+            assert select_config("activation", features, RowMemory(0), file=file, limit=limit) is not None
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -70,7 +73,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "rms_norm": {"D": 64, "R": 1, "bytes": 2},
         "layer_norm": {"D": 64, "R": 1, "bytes": 2},
         "rope": {"D": 64, "R": 1, "bytes": 2},
-        "activation": {"N": 64, "R": 1, "bytes": 2},
+        "activation": {"N": 64, "R": 1, "bytes": 2, "gated": 0},
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "norm_linear": {"M": 1, "N": 1, "K": 1},

@@ -1,0 +1,124 @@
+"""Configurations measured on this machine, kept on disk.
+
+One file for each device and version of Triton, in `REGRAFT_CACHE_DIR` or `~/.cache/regraft`:
+
+    {"kernels": {"linear": [{"features": {"M": 2048, "N": 4096, ...}, "config": {...}, "us": 97.1}]}}
+
+An entry stands for all calls in its bucket of sizes. A file that cannot be read is left alone, with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from .config import Config
+
+log = logging.getLogger("regraft")
+
+Features = Mapping[str, int]
+Bucket = tuple[tuple[str, int], ...]
+
+EXACT: Final = 16
+"""Sizes up to here have buckets of their own."""
+
+_chosen: list[Path] = []
+
+
+def use(folder: Path | None) -> None:
+    """Keep and look for configurations in this folder; None for the default one."""
+    _chosen[:] = [folder] if folder is not None else []
+    entries.cache_clear()
+
+
+def directory() -> Path:
+    """The folder in use, else `REGRAFT_CACHE_DIR`, else `~/.cache/regraft`."""
+    if _chosen:
+        return _chosen[-1]
+    return Path(os.environ.get("REGRAFT_CACHE_DIR") or Path.home() / ".cache" / "regraft").expanduser()
+
+
+def path(device: str) -> Path:
+    """The file of a device."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    return directory() / f"{device}-triton{version}.json"
+
+
+def bucket(features: Features) -> Bucket:
+    """Sizes rounded up to a power of two or one and a half times one; small ones as they are."""
+    return tuple(sorted((name, _round(value)) for name, value in features.items()))
+
+
+def _round(value: int) -> int:
+    if value <= EXACT:
+        return value
+    power = 1 << (value - 1).bit_length()
+    return power * 3 // 4 if value <= power * 3 // 4 else power
+
+
+@functools.cache
+def entries(device: str) -> Mapping[str, Mapping[Bucket, Config]]:
+    """What was measured, by kernel and bucket; empty, with a warning, where the file is not one of ours."""
+    file = path(device)
+    try:
+        return _parse(_read(file))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is not a file of tuned configurations and is ignored (%s)", file, type(error).__name__)
+        return {}
+
+
+def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
+    if not file.exists():
+        return {}
+    kernels: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
+    return kernels
+
+
+def _parse(kernels: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[Bucket, Config]]:
+    found: dict[str, dict[Bucket, Config]] = {}
+    for kernel, measured in kernels.items():
+        for entry in measured:
+            found.setdefault(kernel, {})[bucket(entry["features"])] = Config.of(entry["config"])
+    return found
+
+
+def nearest(mine: Mapping[Bucket, Config], features: Features) -> Config | None:
+    """The configuration of the nearest bucket, by the logarithms of sizes; small numbers, which may be kinds, agree."""
+    wanted = dict(bucket(features))
+    best: tuple[float, Config] | None = None
+    for other, config in mine.items():
+        sizes = dict(other)
+        if sizes.keys() != wanted.keys() or any(min(v, sizes[n]) <= EXACT and v != sizes[n] for n, v in wanted.items()):
+            continue
+        away = sum(abs(math.log2(v / sizes[n])) for n, v in wanted.items() if v > EXACT)
+        if best is None or away < best[0]:
+            best = (away, config)
+    return best[1] if best is not None else None
+
+
+def store(device: str, kernel: str, features: Features, config: Config, us: float) -> None:
+    """Add or replace one entry; the file is replaced as a whole, so that a reader never sees half of it."""
+    file = path(device)
+    try:
+        kernels = _read(file)
+        _parse(kernels)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        kernels = {}
+    kept = [e for e in kernels.get(kernel, []) if bucket(e["features"]) != bucket(features)]
+    kernels[kernel] = [*kept, {"features": dict(features), "config": config.launch, "us": round(us, 3)}]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
+        json.dump({"device": device, "kernels": kernels}, out, indent=1)
+    os.replace(out.name, file)
+    entries.cache_clear()

@@ -1,0 +1,277 @@
+"""`python -m regraft tune MODEL`: measure configurations for the sizes that a model's kernels ask for, and keep them.
+
+The model runs once while launchers' questions are recorded. For each kernel and bucket of sizes without an entry of
+its own, candidates are the configurations in all tables and the neighbours of the present one, without those that need
+more shared memory than there is or that a count of tiles rules out. They are compiled in parallel, compared with the
+present one, timed cold, and the neighbours of the best are tried until none is better.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..kernels import tuning, tuning_cache
+from ..kernels.config import Config
+from ..kernels.tuning import Asked
+from .bench_forward import bound_call
+from .loading import inputs_for
+from .optimize import optimize
+from .sliced import distance_of
+from .timing import measure_kernels
+
+MOST: Final = 24
+"""Candidates of the first round."""
+STEPS: Final = 3
+"""Rounds of neighbours at most."""
+COPIES_BYTES: Final = 320 << 20
+WORTH: Final = 0.98
+"""Share of the present configuration's time that another must stay below to replace it."""
+
+Measure = Callable[[Mapping[str, Sequence[Callable[[], Any]]], bool], Mapping[str, float]]
+"""Milliseconds of each candidate, given as a call for each copy of the arguments; whether all copies are small."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found for one kernel and bucket."""
+
+    kernel: str
+    features: Mapping[str, int]
+    before_us: float
+    us: float
+    before: Config
+    config: Config
+    tried: int
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{n} {v}" for n, v in self.features.items())
+        blocks = ", ".join(f"{n}={v}" for n, v in self.config.launch.items())
+        return f"{self.kernel}, {sizes}: {self.before_us:.1f} -> {self.us:.1f} us ({blocks}; {self.tried} tried)"
+
+
+def tune(
+    model: nn.Module, shapes: Sequence[tuple[int, int]], *, say: Callable[[str], None] = lambda line: None
+) -> list[Tuned]:
+    """Optimize the model, run it at each (batch, length), and tune what its kernels asked for there."""
+    device = next(model.parameters()).device
+    optimize(model, verbose=False, on_error="raise")
+    asked: list[Asked] = []
+    for shape in shapes:
+        with tuning.recorded() as seen:
+            bound_call(model, inputs_for(model, *shape))()
+        asked += seen
+    return tune_asked(asked, device, say=say)
+
+
+def tune_asked(
+    asked: Iterable[Asked],
+    device: torch.device,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    measure: Measure | None = None,
+) -> list[Tuned]:
+    """Tune each kernel and bucket once; entries that are on disk already are left."""
+    file, limit = tuning.device_limits(device)
+    known = tuning_cache.entries(file)
+    new: dict[tuple[str, tuning_cache.Bucket], Asked] = {}
+    for question in asked:
+        place = (question.kernel, tuning_cache.bucket(dict(question.features)))
+        if question.call is not None and place[1] not in known.get(question.kernel, {}):
+            new.setdefault(place, question)
+    found = []
+    for number, question in enumerate(new.values()):
+        say(f"{_bar(number, len(new))} {question.kernel} {dict(question.features)}")
+        tuned = _tune(question, device, file, limit, measure or _measure_on(device))
+        if tuned is None:
+            say(f"{question.kernel}: the present configuration does not run; left as it is")
+            continue
+        tuning_cache.store(file, tuned.kernel, tuned.features, tuned.config, tuned.us)
+        say(f"  {tuned}")
+        found.append(tuned)
+    say(f"{_bar(len(new), len(new))} {len(found)} kept in {tuning_cache.path(file)}")
+    tuning.forget()
+    return found
+
+
+def _bar(done: int, of: int) -> str:
+    filled = 20 * done // max(of, 1)
+    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{of}"
+
+
+# -- one kernel and bucket ---------------------------------------------------------------------------------------------
+
+
+def _tune(question: Asked, device: torch.device, file: str, limit: int | None, measure: Measure) -> Tuned | None:
+    assert question.call is not None
+    trial = _Trial(question, device)
+    if not trial.add(question.config):
+        return None
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    fits = _Fits(question, limit, multiprocessors)
+    first = [*tuning.known_configs(question.kernel), *neighbours(question.config)]
+    trial.try_all(fits.best(c for c in first if c not in trial.calls))
+    times = dict(trial.time(trial.calls, measure))
+    for _ in range(STEPS):
+        best = min(times, key=times.__getitem__)
+        fresh = trial.try_all(fits.best(c for c in neighbours(best) if c not in trial.calls and c not in trial.failed))
+        if not fresh:
+            break
+        times |= trial.time([best, *fresh], measure)
+        if min(times, key=times.__getitem__) == best:
+            break
+    before = times[question.config]
+    best = min(times, key=times.__getitem__)
+    if times[best] > WORTH * before:
+        best = question.config
+    return Tuned(
+        question.kernel,
+        dict(question.features),
+        1e3 * before,
+        1e3 * times[best],
+        question.config,
+        best,
+        len(trial.calls) + len(trial.failed),
+    )
+
+
+class _Trial:
+    """A launcher on copies of the arguments it was called with, under one configuration after the other."""
+
+    def __init__(self, question: Asked, device: torch.device) -> None:
+        assert question.call is not None
+        self._question = question
+        self._run, args = question.call
+        nbytes = sum(t.nbytes for t in args if isinstance(t, torch.Tensor))
+        count = min(24, max(2, math.ceil(COPIES_BYTES / max(nbytes, 1)))) if device.type == "cuda" else 1
+        self.small = nbytes * count < COPIES_BYTES
+        self._copies = [tuple(copied(a) for a in args) for _ in range(count)]
+        self._expected: list[torch.Tensor] = []
+        self.calls: dict[Config, list[Callable[[], Any]]] = {}
+        self.failed: set[Config] = set()
+
+    def add(self, config: Config) -> bool:
+        """Compile and run it once, and compare; False where it does not run or computes something else."""
+        try:
+            found = _tensors(self._call(config, self._copies[0]))
+        except Exception:  # noqa: BLE001 - a configuration may not compile or not fit; the others are tried
+            self.failed.add(config)
+            return False
+        if not self._expected:
+            self._expected = [t.clone() for t in found]
+        elif not all(same(a, b) for a, b in zip(found, self._expected, strict=True)):
+            self.failed.add(config)
+            return False
+        self.calls[config] = [lambda args=args: self._call(config, args) for args in self._copies]  # type: ignore[misc]
+        return True
+
+    def try_all(self, configs: Sequence[Config]) -> list[Config]:
+        """Those that run; compiled in parallel."""
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+            return [c for c, good in zip(configs, pool.map(self.add, configs), strict=True) if good]
+
+    def time(self, configs: Iterable[Config], measure: Measure) -> dict[Config, float]:
+        """Milliseconds of each."""
+        by_name = {str(i): c for i, c in enumerate(configs)}
+        with torch.no_grad():
+            found = measure({name: self.calls[c] for name, c in by_name.items()}, self.small)
+        return {c: found[name] for name, c in by_name.items()}
+
+    def _call(self, config: Config, args: tuple[Any, ...]) -> Any:
+        with torch.no_grad(), tuning.forced(self._question.kernel, config):
+            return self._run(*args)
+
+
+def _measure_on(device: torch.device) -> Measure:
+    def measure(calls: Mapping[str, Sequence[Callable[[], Any]]], small: bool) -> dict[str, float]:
+        timings = measure_kernels(calls, device, small=small, rounds=3, calls=12)
+        return {name: timing.median_ms for name, timing in timings.items()}
+
+    return measure
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """Rules out candidates before they are compiled."""
+
+    question: Asked
+    limit: int | None
+    multiprocessors: int
+
+    def best(self, configs: Iterable[Config]) -> list[Config]:
+        """At most `MOST`, those with the least work first: shared memory that is there, few tiles, full waves."""
+        sizes = dict(self.question.features)
+        names = {n for n, _ in self.question.config.blocks}
+        fitting = [
+            c
+            for c in dict.fromkeys(configs)
+            if {n for n, _ in c.blocks} == names
+            and (self.limit is None or self.question.shared_memory(c) <= self.limit)
+        ]
+        return sorted(fitting, key=lambda c: work(sizes, c, self.multiprocessors))[:MOST]
+
+
+def work(sizes: Mapping[str, int], config: Config, multiprocessors: int) -> float:
+    """An estimate to rank tiles by: the tiles that one multiprocessor computes, padding counted, and what each reads.
+
+    For kernels whose sizes and blocks do not name tiles it is 0 for all.
+    """
+    blocks = dict(config.blocks)
+    pairs = [(sizes[n], blocks[f"BLOCK_{n}"]) for n in ("M", "N", "Q", "T") if n in sizes and f"BLOCK_{n}" in blocks]
+    if len(pairs) < 2:
+        return 0.0
+    tiles = math.prod(-(-size // block) for size, block in pairs)
+    area, edge = math.prod(block for _, block in pairs), sum(block for _, block in pairs)
+    return -(-tiles // multiprocessors) * (area + 64.0 * edge)
+
+
+def neighbours(config: Config) -> list[Config]:
+    """Each block halved and doubled, other numbers of warps and stages, and one block doubled with another halved."""
+    found = []
+    blocks = dict(config.blocks)
+    for name, value in blocks.items():
+        for other in (value // 2, value * 2):
+            if other >= 1:
+                found.append(Config(tuple({**blocks, name: other}.items()), config.num_warps, config.num_stages))
+                for warps in (config.num_warps // 2, config.num_warps * 2):
+                    if 1 <= warps <= 16:
+                        found.append(Config(tuple({**blocks, name: other}.items()), warps, config.num_stages))
+    for warps in (config.num_warps // 2, config.num_warps * 2):
+        if 1 <= warps <= 16:
+            found.append(Config(config.blocks, warps, config.num_stages))
+    for stages in (config.num_stages - 1, config.num_stages + 1):
+        if 1 <= stages <= 6:
+            found.append(Config(config.blocks, config.num_warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results differ by the order of sums and roundings only."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    scale = distance_of(expected, torch.zeros_like(expected))
+    return distance_of(found, expected).rms <= 4 * torch.finfo(found.dtype).eps * scale.rms
+
+
+def copied(value: Any) -> Any:
+    """A tensor with the same sizes, strides and numbers in memory of its own; other values as they are."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return value
+    span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    made = value.new_empty(span).as_strided(value.shape, value.stride())
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())
+    made[once].copy_(value[once])
+    return made
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
