@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..compiler.program import Note
+from ..kernels import tuning_cache
 from .announce import announcement
 from .build import Stages, Unserved, evaluating
 from .checks import check_inputs, check_model, device_of, dtype_of, weight_bytes
@@ -55,8 +56,9 @@ def optimize(
 
     Args:
         model: a `torch.nn.Module`, usually a transformers model, with its weights on one device.
-        mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs", as for `torch.compile`. All
-            of them run the same kernels for now; the report says so.
+        mode: the names of `torch.compile`. "default" runs a forward by a CUDA graph where the GPU would wait for the host
+            and the outputs, which are copied, have at most 64 MiB; "reduce-overhead" up to 1 GiB;
+            "max-autotune-no-cudagraphs" never. "max-autotune" is "default": tuning is `python -m regraft tune`.
         rules: instances of `regraft.Rule` and `regraft.GroupRule` of your own, for this model only.
         passes: what to switch, as `{"rope": False}` or `["-rope", "+qkv"]`; all run by default.
         verify: "fast" checks one site of each kind of rewrite, "full" every site, both then the whole model; "off"
@@ -64,8 +66,8 @@ def optimize(
         strict: raise where something was not captured or not rewritten that should have been.
         on_error: "fallback" lets the original serve what cannot be captured, "raise" raises.
         dry_run: change nothing and return the report alone; works on meta weights too.
-        cache_dir: where tuned kernel configurations will be kept, `REGRAFT_CACHE_DIR` by default; nothing is tuned on
-            the user's machine yet, and the report says so.
+        cache_dir: where configurations are that `python -m regraft tune` measured: for the whole process, and
+            `REGRAFT_CACHE_DIR` or `~/.cache/regraft` by default.
         example_inputs: the arguments of a typical call, by name. Made from the config where not given.
         verbose: True prints the whole report, None a few lines, False nothing.
 
@@ -150,10 +152,10 @@ def new_record(model: nn.Module, options: Options) -> Record:
         options=options.chosen(),
         memory={"weights": weight_bytes(model)},
     )
-    if options.mode != "default":
-        record.notes.append(Note("", f"mode={options.mode!r} runs the kernels of the default mode for now"))
+    if options.mode.startswith("max-autotune"):
+        record.notes.append(Note("", f"mode={options.mode!r} tunes nothing by itself: python -m regraft tune MODEL does"))
     if options.cache_dir is not None:
-        record.notes.append(Note("", f"cache_dir={str(options.cache_dir)!r}: nothing is tuned on this machine yet"))
+        tuning_cache.use(options.cache_dir)
     return record
 
 
