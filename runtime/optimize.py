@@ -56,8 +56,8 @@ def optimize(
 
     Args:
         model: a `torch.nn.Module`, usually a transformers model, with its weights on one device.
-        mode: the names of `torch.compile`. "default" runs a forward by a CUDA graph where the GPU would wait for the host
-            and the outputs, which are copied, have at most 64 MiB; "reduce-overhead" up to 1 GiB;
+        mode: the names of `torch.compile`. "default" runs a forward by a CUDA graph where the GPU would wait for the
+            host and the outputs, which are copied, have at most 64 MiB; "reduce-overhead" up to 1 GiB;
             "max-autotune-no-cudagraphs" never. "max-autotune" is "default": tuning is `python -m regraft tune`.
         rules: instances of `regraft.Rule` and `regraft.GroupRule` of your own, for this model only.
         passes: what to switch, as `{"rope": False}` or `["-rope", "+qkv"]`; all run by default.
@@ -153,7 +153,8 @@ def new_record(model: nn.Module, options: Options) -> Record:
         memory={"weights": weight_bytes(model)},
     )
     if options.mode.startswith("max-autotune"):
-        record.notes.append(Note("", f"mode={options.mode!r} tunes nothing by itself: python -m regraft tune MODEL does"))
+        text = f"mode={options.mode!r} tunes nothing by itself: python -m regraft tune MODEL does"
+        record.notes.append(Note("", text))
     if options.cache_dir is not None:
         tuning_cache.use(options.cache_dir)
     return record
