@@ -175,7 +175,8 @@ def _refuse_sizes(signature: Signature) -> str | None:
     return refuse_vector(signature, "bias", weight.shape[0])
 
 
-def _supports(signature: Signature) -> str | None:
+def refuse_linear(signature: Signature) -> str | None:
+    """Why a Triton kernel cannot compute a linear layer with its activation, or `None`."""
     return (
         refuse_tensors(signature, ("x", "weight", "bias"))
         or refuse_mixed(signature, ("x", "weight"))
@@ -184,11 +185,12 @@ def _supports(signature: Signature) -> str | None:
     )
 
 
-def _supports_gate_up(signature: Signature) -> str | None:
+def refuse_gate_up(signature: Signature) -> str | None:
+    """The same for the two projections of a gated MLP."""
     rows = signature["weight"].shape[0] if len(signature["weight"].shape) == 2 else None
     if rows is not None and rows % 2:
         return f"weight has {rows} rows, which is odd"
-    return _supports(signature)
+    return refuse_linear(signature)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -202,6 +204,6 @@ def gate_up(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor
 
 
 KERNELS: Final = (
-    Kernel(ops.linear_act, "triton", linear_act, _supports),
-    Kernel(ops.gate_up, "triton", gate_up, _supports_gate_up),
+    Kernel(ops.linear_act, "triton", linear_act, refuse_linear),
+    Kernel(ops.gate_up, "triton", gate_up, refuse_gate_up),
 )

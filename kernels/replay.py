@@ -48,6 +48,16 @@ def _noted(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, a PyTorch function that returns one new tensor; its tensors are the launcher's arguments."""
+    result = function(*args)
+    recording = _current.recording
+    if recording is not None:
+        recording.calls[len(recording.allocations)] = (function, [recording.source(a) for a in args])
+        recording.allocations.append(result)
+    return result
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, remembered if a recording is under way."""
     compiled = kernel[grid](*args, **constants)
@@ -86,6 +96,8 @@ class _Recording:
 
     arguments: tuple[Any, ...]
     allocations: list[Tensor] = field(default_factory=list)
+    calls: dict[int, tuple[Callable[..., Tensor], list[Any]]] = field(default_factory=dict)
+    """The functions that return an allocation instead of `empty`, by its index, with the sources of their arguments."""
     launches: list[tuple[Any, tuple[int, int, int], list[Any]]] = field(default_factory=list)
     broken: str | None = None
 
@@ -107,6 +119,16 @@ class _Recording:
         if type(value).__name__ == "TensorDescriptor":  # Triton's or Gluon's
             return _Descriptor(self.address(value.base), value)
         return value
+
+    def source(self, value: Any) -> Any:
+        """What a library function is given: an argument of the launcher as `_Address`, or a value that is no tensor."""
+        if not isinstance(value, Tensor):
+            return value
+        for index, argument in enumerate(self.arguments):
+            if argument is value:
+                return _Address(False, index, 0)
+        self.broken = "a library function of tensors that are no arguments"
+        return None
 
     def address(self, tensor: Tensor) -> _Address:
         """Where the tensor comes from: an argument as it is, or memory of an allocation or of one argument."""
@@ -169,9 +191,7 @@ class _Writer:
         for index in sorted({a.index for a in used if not a.allocated}):
             lines.append(f"    a{index} = args[{index}].data_ptr()")
         for index, tensor in enumerate(recording.allocations):
-            size, dtype = self.name("size", tuple(tensor.shape)), self.name("dtype", tensor.dtype)
-            stride = self.name("stride", tuple(tensor.stride()))
-            lines.append(f"    t{index} = make({size}, {stride}, dtype={dtype}, device=device)")
+            lines.append(f"    t{index} = {self._allocation(index, tensor)}")
             lines.append(f"    p{index} = t{index}.data_ptr()")
         lines.append(f"    stream = raw_stream({self.index})")
         for compiled, (x, y, z), values in recording.launches:
@@ -185,6 +205,15 @@ class _Writer:
         exec("\n".join(lines), self.names)
         plan: Plan = self.names["plan"]
         return plan
+
+    def _allocation(self, index: int, tensor: Tensor) -> str:
+        if index in self.recording.calls:
+            function, given = self.recording.calls[index]
+            sources = [v.tensor() if isinstance(v, _Address) else self.name("value", v) for v in given]
+            return f"{self.name('function', function)}({', '.join(sources)})"
+        size, dtype = self.name("size", tuple(tensor.shape)), self.name("dtype", tensor.dtype)
+        stride = self.name("stride", tuple(tensor.stride()))
+        return f"make({size}, {stride}, dtype={dtype}, device=device)"
 
     def _argument(self, value: Any) -> str:
         if isinstance(value, _Address):

@@ -17,6 +17,7 @@ from .linear_act import gate_up, linear_act
 from .moe import moe_experts
 from .norm_linear import norm_linear
 from .op import Kernel, Op, Signature
+from .qkv_rope import qkv_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
 
@@ -36,6 +37,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             linear_act,
             gate_up,
             norm_linear,
+            qkv_rope,
             moe_experts,
         )
     }
@@ -57,8 +59,12 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             activation_triton,
             attention_triton,
             layer_norm_triton,
+            linear_act_torch,
             linear_act_triton,
+            linear_act_wgmma,
             norm_linear_triton,
+            qkv_rope_triton,
+            qkv_rope_wgmma,
             rms_norm_triton,
             rope_triton,
             skinny_triton,
@@ -72,6 +78,10 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             activation_triton,
             linear_act_triton,
             skinny_triton,
+            linear_act_wgmma,
+            linear_act_torch,
+            qkv_rope_wgmma,
+            qkv_rope_triton,
             norm_linear_triton,
         ):
             for kernel in module.KERNELS:

@@ -25,6 +25,13 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
     x, weight = randn(3, 7, 77), randn(77)
     q, k, v = (randn(2, 37, heads, 80).transpose(1, 2) for heads in (6, 2, 2))
     cos, sin = randn(2, 1, 37, 34), randn(2, 1, 37, 34)
+    gains = (randn(64), randn(64))
+    plain = (False, 0.0, 0.0, None, "half", None)
+    normed = (True, 1e-6, 1.0, None, "half", torch.float32)
+
+    def tables(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return randn(1, 37, width), randn(1, 37, width)
+
     everything = {
         "mask": torch.rand(2, 1, 37, 37, device="cuda") > 0.3,
         "bias": torch.randn(1, 6, 37, 37, device="cuda"),
@@ -53,25 +60,35 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("norm_linear", (*(t.bfloat16() for t in (x[0], weight, randn(131, 77), randn(131))), 1e-6), {}),  # not in fp32
         ("gate_up", (randn(67, 77), randn(2 * 71, 77), randn(2 * 71), "silu"), {}),
         ("gate_up", (randn(3, 5, 77), randn(2 * 71, 77), None, "silu"), {}),
+        # sizes that TMA takes
+        ("linear_act", (randn(141, 72), randn(264, 72), randn(264), "gelu"), {}),
+        ("linear_act", (randn(141, 72), randn(72, 264).t(), None, "silu"), {}),
+        ("gate_up", (randn(141, 72), randn(2 * 136, 72), randn(2 * 136), "silu"), {}),
+        ("qkv_rope", (randn(3, 37, 72), randn(5 * 80, 72), None, *tables(34), *(None,) * 2, 2, 1, 80, *plain), {}),
+        ("qkv_rope", (randn(3, 37, 72), randn(5 * 64, 72), randn(5 * 64), *tables(64), *gains, 2, 2, 64, *normed), {}),
+        ("qkv_rope", (randn(3, 37, 72), randn(3 * 128, 72), None, *tables(128), *(None,) * 2, 1, 1, 128, *plain), {}),
     ]
 
 
 def main() -> None:
     torch.manual_seed(0)
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for dtype in (torch.bfloat16, torch.float32):
         for name, args, kwargs in calls(dtype):
-            kernel, refused = select(OPS[name], OPS[name].signature(*args, **kwargs))
-            if kernel is None:
-                raise RuntimeError(f"{name} has no kernel here: {refused}")
-            results = kernel.run(*args, **kwargs)
-            torch.cuda.synchronize()
-            for result in results if isinstance(results, tuple) else (results,):
-                if not bool(result.isfinite().all()):
-                    raise RuntimeError(f"{name} in {dtype} is not finite")
-            seen.add(name)
-    if seen != set(PROVIDERS):
-        raise RuntimeError(f"not run: {sorted(set(PROVIDERS) - seen)}")
+            signature = OPS[name].signature(*args, **kwargs)
+            kernels = [k for k in PROVIDERS[name] if k.supports(signature) is None]
+            if not kernels:
+                raise RuntimeError(f"{name} has no kernel here: {select(OPS[name], signature)[1]}")
+            for kernel in kernels:
+                results = kernel.run(*args, **kwargs)
+                torch.cuda.synchronize()
+                for result in results if isinstance(results, tuple) else (results,):
+                    if not bool(result.isfinite().all()):
+                        raise RuntimeError(f"{name} by {kernel.provider} in {dtype} is not finite")
+                seen.add((name, kernel.provider))
+    missing = {(k.op.name, k.provider) for kernels in PROVIDERS.values() for k in kernels} - seen
+    if {name for name, _ in seen} != set(PROVIDERS) or (missing and torch.cuda.get_device_capability()[0] == 9):
+        raise RuntimeError(f"not run: {sorted(missing)}")
     print(f"{len(seen)} kernels ran")
 
 

@@ -20,6 +20,7 @@ from regraft.kernels.layer_norm import add_layer_norm, layer_norm
 from regraft.kernels.linear_act import gate_up, linear_act
 from regraft.kernels.norm_linear import norm_linear
 from regraft.kernels.op import Op, TensorSpec
+from regraft.kernels.qkv_rope import qkv_rope
 from regraft.kernels.rms_norm import add_rms_norm, rms_norm
 from regraft.kernels.rope import norm_rope, rope
 from regraft.kernels.table import OPS, PROVIDERS, op_of, select
@@ -34,6 +35,7 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
     x, weight = torch.randn(2, 5, 8, dtype=HALF), torch.randn(8, dtype=HALF)
     cos, sin = torch.randn(2, 2, 1, 5, 6, dtype=HALF)
     square = torch.randn(6, 8, dtype=HALF)
+    normed = (True, 1e-6, 0.0, HALF, "half", None)
     return [
         (rms_norm, (q, weight, 1e-6, 0.0, HALF)),
         (rms_norm, (x, weight, 1e-6, 1.0)),
@@ -51,6 +53,7 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
         (linear_act, (x.transpose(0, 1), square, square[:, 0], "gelu")),
         (gate_up, (x, square, None, "silu")),
         (norm_linear, (x, weight, square, square[:, 0], 1e-6, 0.0, HALF)),
+        (qkv_rope, (x, torch.randn(24, 8, dtype=HALF), None, cos[0], sin[0], weight, weight, 1, 1, 8, *normed)),
     ]
 
 
@@ -115,6 +118,7 @@ class Block(torch.nn.Module):
         super().__init__()
         self.qkv = torch.nn.Linear(64, 128)
         self.norm = torch.nn.Parameter(torch.ones(16))
+        self.rest = (None, "half", None)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -127,7 +131,9 @@ class Block(torch.nn.Module):
         y, s = add_rms_norm(y.reshape(batch, length, 64), x, None, 1e-6)
         y, s = add_layer_norm(gate_up(y, self.qkv.weight, None, "silu"), s, None, None, 1e-5)
         y = norm_linear(y, None, self.qkv.weight[:, :64], self.qkv.bias, 1e-6)
-        return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(s, s, "relu")
+        tables = (angle[0].cos(), angle[0].sin())
+        turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *(None,) * 2, 4, 2, 16, False, 0.0, 0.0, *self.rest)
+        return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(s, s, "relu") + turned[..., 60:124]
 
 
 def test_references_export_with_symbolic_shapes() -> None:
@@ -168,7 +174,7 @@ def test_on_the_cpu_every_kernel_says_why_not() -> None:
     for op, args in calls():
         kernel, refused = select(op, op.signature(*args))
         assert kernel is None
-        assert "is on cpu" in refused["triton"]
+        assert any("is on cpu" in reason for reason in refused.values())
 
 
 def test_every_op_has_a_triton_kernel_but_the_experts() -> None:

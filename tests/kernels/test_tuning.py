@@ -77,6 +77,8 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "norm_linear": {"M": 1, "N": 1, "K": 1},
+        "linear_wgmma": dict.fromkeys(("M", "N", "K", "gated", "rope"), 1),
+        "heads": {"rows": 1, "D": 64},
         "gemv": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
         "skinny": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
     }

@@ -1,0 +1,138 @@
+"""Linear layers by PyTorch's product and on Hopper's matrix units: as good as PyTorch over odd sizes and epilogues."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import as_tuple, assert_close, in_dtypes, layout, on_devices, oracle
+
+from regraft.kernels import choice, linear_act_torch, linear_act_wgmma, tuning
+from regraft.kernels.activation import ACTIVATIONS
+from regraft.kernels.linear_act import gate_up, linear_act
+from regraft.kernels.op import Kernel, Op
+from regraft.kernels.tuning import Config
+
+CUBLAS = {kernel.op.name: kernel for kernel in linear_act_torch.KERNELS}
+WGMMA = {kernel.op.name: kernel for kernel in linear_act_wgmma.KERNELS}
+HALVES = [torch.float16, torch.bfloat16]
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def linear(rows: int, columns: int, depth: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(rows, depth, device=device).to(dtype)
+    weight = (torch.randn(columns, depth, device=device) / depth**0.5).to(dtype)
+    return x, weight, torch.randn(columns, device=device).to(dtype)
+
+
+def check(kernels: dict[str, Kernel], op: Op, *args: object) -> None:
+    kernel = kernels[op.name]
+    assert kernel.supports(op.signature(*args)) is None
+    actual, reference = kernel.run(*args), op.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
+    assert layout(actual) == layout(reference)
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 77, 130), (5, 33, 64), (67, 70, 150)])
+def test_pytorch_product(rows: int, columns: int, depth: int, dtype: torch.dtype, device: str) -> None:
+    x, weight, bias = linear(rows, 2 * columns, depth, dtype, device)
+    check(CUBLAS, linear_act, x, weight, bias, "gelu")
+    check(CUBLAS, linear_act, x[None], weight[:columns], None, "identity")
+    check(CUBLAS, gate_up, x, weight, bias, "silu")
+    check(CUBLAS, gate_up, x, weight.t().contiguous().t(), None, "gelu_tanh")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 8, 8), (130, 264, 72), (700, 1032, 520), (2100, 2560, 776)])
+def test_wgmma(rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    x, weight, bias = linear(rows, 2 * columns, depth, dtype, "cuda")
+    for w in (weight, weight.t().contiguous().t()):
+        check(WGMMA, linear_act, x, w, bias, "gelu")
+        check(WGMMA, linear_act, x, w[:columns], None, "identity")
+        check(WGMMA, gate_up, x, w, bias, "silu")
+        check(WGMMA, gate_up, x, w, None, "gelu_tanh")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("helpers", [2, 4])
+@pytest.mark.parametrize("width", [128, 256])
+def test_each_wgmma_configuration(helpers: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config((("BLOCK_N", width), ("GROUP_M", 4), ("HELPERS", helpers)), 4, 3)
+    monkeypatch.setattr(linear_act_wgmma, "choose", lambda *args: config)
+    # several tiles a program, the last ones beyond the edges; then fewer tiles than programs
+    for rows, columns, depth in ((4300, 3080, 264), (300, 520, 1032)):
+        x, weight, bias = linear(rows, 2 * columns, depth, torch.bfloat16, "cuda")
+        check(WGMMA, linear_act, x, weight, bias, "gelu_new")
+        check(WGMMA, linear_act, x, weight, None, "identity")
+        check(WGMMA, gate_up, x, weight, bias, "silu")
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_every_activation_on_wgmma() -> None:
+    x, weight, bias = linear(200, 136, 64, torch.bfloat16, "cuda")
+    for kind in ACTIVATIONS:
+        check(WGMMA, linear_act, 2 * x, weight, bias, kind)
+    beyond = torch.tensor([[float("nan"), 100.0, -100.0, 0.0]], device="cuda", dtype=torch.bfloat16).repeat(1, 2)
+    unit = torch.eye(8, device="cuda", dtype=torch.bfloat16)
+    clean = beyond.nan_to_num(1.0)
+    for kind in ACTIVATIONS:
+        check(WGMMA, linear_act, clean, unit, None, kind)
+        assert WGMMA["linear_act"].run(beyond, unit, None, kind).isnan().any(), kind
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_views_on_wgmma() -> None:
+    x, weight, bias = linear(150, 136, 64, torch.bfloat16, "cuda")
+    check(WGMMA, linear_act, x.view(3, 50, 64).transpose(0, 1), weight, bias, "relu")
+    wide = torch.randn(5, 30, 200, device="cuda").bfloat16()
+    check(WGMMA, linear_act, wide[..., 8:72], weight, None, "silu")
+    # what TMA cannot read is left to PyTorch's product
+    check(WGMMA, linear_act, wide[..., 7:71], weight, None, "silu")
+    check(WGMMA, gate_up, x, weight[::2], None, "silu")
+    check(WGMMA, linear_act, x, weight, bias[:, None].expand(136, 2)[:, 0], "tanh")
+    assert WGMMA["linear_act"].run(x[:0], weight, bias, "tanh").shape == (0, 136)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_plans_repeat_the_launches() -> None:
+    """A second call with other tensors of the same shapes goes by the plan that the first one left."""
+    for kernels in (CUBLAS, WGMMA):
+        for op in (linear_act, gate_up):
+            bound = choice.bind(op, [kernels[op.name]])
+            for _ in range(3):
+                x, weight, bias = linear(300, 272, 136, torch.bfloat16, "cuda")
+                expected = kernels[op.name].run(x, weight, bias, "silu")
+                assert torch.equal(bound(x, weight, bias, "silu"), expected)
+
+
+@on_devices
+def test_wgmma_refuses(device: str) -> None:
+    x, weight, bias = linear(9, 16, 24, torch.float32, device)
+    refused = WGMMA["linear_act"].supports(linear_act.signature(x, weight, bias, "relu"))
+    assert refused is not None
+    assert "16 bits" in refused or "Hopper" in refused
+    half = WGMMA["gate_up"].supports(gate_up.signature(x.half(), weight[:, :23].half(), None, "relu"))
+    assert half is not None
+
+
+@pytest.mark.parametrize("file", ["default", "nvidia_h200"])
+def test_every_size_has_a_configuration(file: str) -> None:
+    memory = linear_act_wgmma.WgmmaMemory()
+    for rows in (1, 65, 2048, 16384):
+        for n in (64, 768, 28672):
+            for k in (64, 1024, 14336):
+                for gated, rope in ((0, 0), (1, 0), (0, 1)):
+                    features = {"M": rows, "N": n, "K": k, "gated": gated, "rope": rope}
+                    config = tuning.select_config("linear_wgmma", features, memory, file=file, limit=232448)
+                    assert config is not None
+                    assert not rope or config["BLOCK_N"] == 256  # whole heads of up to 256 columns
