@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import attention as ops
 from . import attention_triton
 from .attention_gluon_kernel import attention_hopper_kernel
+from .attention_triton import parts
 from .launch import INTERPRETED, compute_capability, empty, launch, on_device, rows_aligned
 from .op import Kernel, Signature
 
@@ -22,8 +23,22 @@ QUERIES: Final = 64
 REGISTERS: Final = 240
 """For a thread of the two warp groups that compute; the warp that copies gets 24."""
 
-TILES: Final = {64: (128, 3), 128: (128, 2)}
-"""By head dimension: keys of a tile, tiles in flight."""
+LIMIT: Final = 227 * 1024
+"""Bytes of shared memory of one program."""
+
+
+@functools.cache
+def _tiles(d: int, dv: int) -> tuple[int, int, int] | None:
+    """Keys of a tile, tiles of keys and tiles of queries in shared memory; `None` where no choice fits.
+
+    A thread holds half as many registers as dv for the output and three quarters of the keys for the probabilities.
+    """
+    width, value_width = sum(parts(d)), sum(parts(dv))
+    for keys, stages, slots in ((128, 3, 2), (128, 2, 2), (128, 2, 1), (64, 2, 1)):
+        shared = 2 * (slots * 2 * QUERIES * width + stages * keys * (width + value_width)) + 1024
+        if shared <= LIMIT and value_width // 2 + keys * 3 // 4 <= 190:
+            return keys, stages, slots
+    return None
 
 
 @functools.cache
@@ -31,10 +46,22 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles `[1, 1, rows, D]` of x `[B, H, T, D]`."""
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]], layout)
+def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Tiles `[1, 1, rows, width]` of x `[B, H, T, D]`, swizzled as the matrix unit reads them."""
+    layout = gl.NVMMASharedLayout(min(2 * width, 128), 16, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width], layout)
+
+
+def _descriptors(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tile: int) -> list[TensorDescriptor]:
+    """Of q, k, v and o for the first parts of their widths, then for the second ones (or the first again)."""
+    tensors = ((q, QUERIES), (k, tile), (v, tile), (o, QUERIES))
+    widths = [parts(x.shape[3]) for x, _ in tensors]
+    first = [_descriptor(x, rows, w[0]) for (x, rows), w in zip(tensors, widths, strict=True)]
+    second = [
+        _descriptor(x, rows, w[1]) if w[1] else whole
+        for (x, rows), w, whole in zip(tensors, widths, first, strict=True)
+    ]
+    return first + second
 
 
 def attention(
@@ -52,12 +79,21 @@ def attention(
 ) -> Tensor:
     """As the op `attention`; views that TMA cannot read are left to the kernel that reads by address."""
     batch, heads, queries, d = q.shape
-    kv_heads, keys = k.shape[1:3]
+    kv_heads, keys, dv = v.shape[1:]
     readable = all(rows_aligned(t) and all(s > 0 for s in t.stride()) for t in (q, k, v))
-    if not readable or keys == 0 or q.numel() == 0 or scale <= 0.0 or k.shape[0] != batch or v.shape[0] != batch:
+    tiles = _tiles(d, dv)
+    if (
+        tiles is None
+        or not readable
+        or keys == 0
+        or q.numel() == 0
+        or scale <= 0.0
+        or k.shape[0] != batch
+        or v.shape[0] != batch
+    ):
         return attention_triton.attention(q, k, v, mask, bias, key_mask, sinks, scale, left, right, softcap)
-    o = empty((batch, queries, heads, d), v.dtype, v.device)
-    tile, stages = TILES[d]
+    o = empty((batch, queries, heads, dv), v.dtype, v.device)
+    tile, stages, slots = tiles
     blocks = triton.cdiv(queries, 2 * QUERIES)
     programs = min(blocks * heads * batch, _multiprocessors(q.device))
     key_steps = (0, 0) if key_mask is None else key_mask.expand(batch, keys).stride()
@@ -66,10 +102,7 @@ def attention(
         launch(
             attention_hopper_kernel,
             (programs,),
-            _descriptor(q, QUERIES),
-            _descriptor(k, tile),
-            _descriptor(v, tile),
-            _descriptor(o.transpose(1, 2), QUERIES),
+            *_descriptors(q, k, v, o.transpose(1, 2), tile),
             q if key_mask is None else key_mask,
             q if bias is None else bias,
             q if sinks is None else sinks,
@@ -94,6 +127,9 @@ def attention(
             HAS_KEY_MASK=key_mask is not None,
             HAS_BIAS=bias is not None,
             HAS_SINKS=sinks is not None,
+            D2=parts(d)[1],
+            DV2=parts(dv)[1],
+            SLOTS=slots,
             STAGES=stages,
             PINGPONG=True,
             REGISTERS=REGISTERS,
@@ -112,8 +148,11 @@ def _supports(signature: Signature) -> str | None:
         return "this kernel is for compute capability 9.0"
     if q.dtype == torch.float32:
         return "q is float32; this kernel takes float16 and bfloat16"
-    if q.shape[3] not in TILES or v.shape[3] != q.shape[3]:
-        return f"head dimensions {q.shape[3]} and {v.shape[3]}; this kernel takes {sorted(TILES)}, equal ones"
+    d, dv = q.shape[3], v.shape[3]
+    if d % 8 or dv % 8 or min(d, dv) < 33 or any(o > i for o, i in zip(parts(dv), parts(d), strict=True)):
+        return f"head dimensions {d} and {dv}; it takes multiples of 8 above 32, values no wider than keys"
+    if _tiles(d, dv) is None:
+        return f"tiles of head dimensions {d} and {dv} do not fit in shared memory"
     if signature["mask"] is not None:
         return "it takes no mask for each pair of query and key"
     if bias is not None and len(bias.shape) > 1 and bias.shape[-2] != 1:

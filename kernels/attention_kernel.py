@@ -49,11 +49,7 @@ def _exp(x, PRECISE: tl.constexpr):
 @triton.jit
 def _exp_of(x, NATURAL: tl.constexpr, PRECISE: tl.constexpr):
     """The exponential of a difference of scores, which are in units of log(2) unless NATURAL."""
-    if NATURAL:
-        y = _exp(x, PRECISE)
-    else:
-        y = tl.exp2(x)
-    return y
+    return _exp(x, PRECISE) if NATURAL else tl.exp2(x)
 
 
 @triton.jit
@@ -310,10 +306,7 @@ def attention_kernel(
                     mask_at += (head * stride_mh + query * stride_mq)[:, None]
                 else:
                     mask_at += head * stride_mh
-                if SEGMENT != 1:
-                    seen = tl.load(mask_at, mask=is_key[None, :], other=0)
-                else:
-                    seen = tl.load(mask_at)
+                seen = tl.load(mask_at, mask=is_key[None, :], other=0) if SEGMENT != 1 else tl.load(mask_at)
                 s = tl.where(seen != 0, s, float("-inf"))
 
             if HAS_SOFTCAP or NATURAL:
@@ -376,11 +369,7 @@ def attention_kernel(
 
 @triton.jit
 def _divide(acc, total, PRECISE: tl.constexpr):
-    if PRECISE:
-        y = tl.div_rn(acc, total[:, None])
-    else:
-        y = acc * (1.0 / total)[:, None]
-    return y
+    return tl.div_rn(acc, total[:, None]) if PRECISE else acc * (1.0 / total)[:, None]
 
 
 @triton.jit(do_not_specialize=["ROWS", "SPLITS"])

@@ -270,24 +270,24 @@ def supports(signature: Signature) -> str | None:
     )
 
 
-def _refuse_memory(signature: Signature) -> str | None:
-    q, k, v = (signature[name] for name in "qkv")
-    queries = MANY if q.shape[2] is None else q.shape[2]
-    rows = queries * (q.shape[1] // k.shape[1])
+def refuse_memory_of(
+    q: TensorSpec, mask: TensorSpec | None, bias: TensorSpec | None, d: int, dv: int, rows: int = MANY
+) -> str | None:
+    """Why no configuration fits the device, or `None`; `rows` of a tile's heads and queries, if they are known."""
     for aligned in (True, False):
-        plan = _plan(
-            q.shape[3],
-            v.shape[3],
-            q.dtype.itemsize,
-            rows if rows <= PACKED_ROWS else queries,
-            signature["mask"],
-            signature["bias"],
-            aligned,
-        )
+        plan = _plan(d, dv, q.dtype.itemsize, rows, mask, bias, aligned)
         reason = refuse_memory("attention", *plan, q.device)
         if reason is not None:
             return reason
     return None
+
+
+def _refuse_memory(signature: Signature) -> str | None:
+    q, k, v = (signature[name] for name in "qkv")
+    queries = MANY if q.shape[2] is None else q.shape[2]
+    rows = queries * (q.shape[1] // k.shape[1])
+    rows = rows if rows <= PACKED_ROWS else queries
+    return refuse_memory_of(q, signature["mask"], signature["bias"], q.shape[3], v.shape[3], rows)
 
 
 def _refuse_masks(signature: Signature) -> str | None:
