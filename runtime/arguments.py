@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import closest
-from .loading import DTYPES, ArgumentError, load_model
+from .loading import DTYPES, ArgumentError, has_weights, load_model
 
 
 def where(to: argparse.ArgumentParser) -> None:
@@ -85,7 +85,10 @@ def dtype_of(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    return load_model(args.model, dtype=DTYPES[args.dtype] if args.dtype else None, device=device, layers=args.layers)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if dtype is None and device.type == "cuda" and not has_weights(args.model):
+        dtype = torch.bfloat16
+    return load_model(args.model, dtype=dtype, device=device, layers=args.layers)
 
 
 def sayer(args: argparse.Namespace) -> Callable[[str], None]:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .ablate import ablate
 from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
 from .bench import REGRAFT, Bench, summary_table
 from .bench_forward import CANDIDATES, bench_forward
 from .bench_kernels import bench_kernels, regressions
 from .loading import DTYPES, ArgumentError
 from .reuse import Earlier
+from .stages import PASS_NAMES
 from .suite import Settings, read_suite, run_suite
 
 
@@ -23,6 +25,7 @@ def add(verbs: Any) -> None:
     bench = verbs.add_parser("bench", help="measure").add_subparsers(dest="what", required=True, metavar="WHAT")
     _add_forward(bench)
     _add_kernels(bench)
+    _add_ablate(bench)
 
 
 def _add_forward(bench: Any) -> None:
@@ -54,6 +57,43 @@ def _add_kernels(bench: Any) -> None:
     kernels.set_defaults(run=_kernels)
 
 
+def _add_ablate(bench: Any) -> None:
+    taken = bench.add_parser("ablate", help="what each fusion contributes: the forward without it")
+    model(taken)
+    taken.add_argument("--batch", type=number, default=1, metavar="N")
+    taken.add_argument("--length", type=number, default=512, metavar="N")
+    taken.add_argument("--passes", type=names(PASS_NAMES), default=[], metavar="LIST", help="only without these")
+    taken.add_argument("--no-mask", action="store_true", help="no attention mask")
+    taken.add_argument("--limit", type=number, default=300, metavar="S", help="seconds a variant may take")
+    rounds(taken)
+    taken.set_defaults(run=_ablate)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    say = sayer(args)
+    bench = ablate(
+        load(args, device_of(args)),
+        (args.batch, args.length),
+        name=name_of(args.model),
+        passes=args.passes,
+        rounds=args.rounds,
+        calls=args.calls,
+        limit_s=args.limit,
+        mask=not args.no_mask,
+        say=say,
+    )
+    (result,) = bench.results
+    for line in result.lines():
+        say(line)
+    write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+    return 1 if any(p.problem for p in result.passes) else 0
+
+
+def name_of(model: str) -> str:
+    """How results call a model: the file without its ending, or the folder."""
+    return Path(model).stem if model.endswith(".json") else Path(model).name
+
+
 def _forward(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.suite is None):
         raise ArgumentError("bench forward needs a model or --suite FILE, and not both")
@@ -68,7 +108,7 @@ def _one_model(args: argparse.Namespace) -> Bench:
         load(args, device_of(args)),
         [(batch, length) for batch in args.batch for length in args.length],
         args.candidates or ("eager", "compile-graphs", REGRAFT),
-        name=Path(args.model).stem if args.model.endswith(".json") else Path(args.model).name,
+        name=name_of(args.model),
         rounds=args.rounds,
         calls=args.calls,
         limit_s=args.limit,

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -71,7 +71,7 @@ def bench_forward(
     for shape in shapes:
         row = f"{bench.model} {shape[0]}x{shape[1]}"
         inputs = inputs_for(model, *shape, mask=mask)
-        truth = _truth(model, inputs, dtype)
+        truth = truth_of(model, inputs, dtype)
         blank = Result(row, "", *shape)
         results: list[Result] = []
         for choice in dict.fromkeys(("eager", *candidates)):
@@ -113,7 +113,8 @@ class Truth:
         return sum(t.nbytes for t in self.oracle.values())
 
 
-def _truth(model: nn.Module, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Truth:
+def truth_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Truth:
+    """What the model's own code gives one precision up, and how far from it that in its own precision is."""
     oracle = _floats(run_oracle(model, model.forward, inputs, higher(dtype)))
     own = _floats(run_reference(model, model.forward, inputs))
     error = {k: distance_of(v, oracle[k]) for k, v in own.items()}
@@ -144,16 +145,30 @@ def candidate(name: str, model: nn.Module, inputs: Inputs) -> Iterator[Callable[
         raise ValueError(f"unknown candidate {name!r}; known: {', '.join(CANDIDATES)}")
 
 
+Prepare = Callable[[str, nn.Module, Inputs], AbstractContextManager[Callable[..., Any]]]
+
+
 def measured(
-    blank: Result, model: nn.Module, inputs: Inputs, truth: Truth, *, rounds: int, calls: int, limit_s: float
+    blank: Result,
+    model: nn.Module,
+    inputs: Inputs,
+    truth: Truth,
+    *,
+    rounds: int,
+    calls: int,
+    limit_s: float,
+    prepare: Prepare | None = None,
 ) -> Result:
-    """One candidate, named in `blank`: prepared, compared, its memory and its time taken. A failure is a `problem`."""
+    """One candidate, named in `blank`: prepared, compared, its memory and its time taken. A failure is a `problem`.
+
+    `prepare` is `candidate` where it is not given.
+    """
     device = next(model.parameters()).device
     _clean(device)
     try:
         with time_limit(limit_s), torch.no_grad():
             start = time.perf_counter()
-            with candidate(blank.candidate, model, inputs) as run:
+            with (prepare or candidate)(blank.candidate, model, inputs) as run:
                 run(**inputs)
                 _wait(device)
                 done = replace(blank, first_s=time.perf_counter() - start)

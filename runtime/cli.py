@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import arguments, bench_cli
+from .ablate import read_ablation
 from .doctor import doctor
 from .errors import RegraftError
 from .loading import ArgumentError, has_weights
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument("--strict", action="store_true", help="fail where less is found than the model should have")
         found.add_argument("--json", metavar="FILE", help="write the report as JSON; - is standard output")
         found.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
+        found.add_argument("--ablation", metavar="FILE", help="show this JSON of `bench ablate` in the report")
         found.set_defaults(run=_optimize)
 
     bench_cli.add(verbs)
@@ -44,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.model(tune)
     tune.add_argument("--batch", type=arguments.numbers, default=[1], metavar="LIST", help="1,8")
     tune.add_argument("--length", type=arguments.numbers, default=[512], metavar="LIST", help="128,2048")
+    tune.add_argument(
+        "--limit", type=arguments.number, default=60, metavar="S", help="seconds for a kernel and size"
+    )
     tune.set_defaults(run=_tune)
 
     health = verbs.add_parser("doctor", help="versions, device, and a self-test of each kernel")
@@ -64,6 +69,8 @@ def _optimize(args: argparse.Namespace) -> int:
         model, dry_run=args.dry_run, passes=args.passes, verify=args.verify, strict=args.strict, verbose=False
     )
     report: Report = made if args.dry_run else made.report
+    if args.ablation:
+        report.record.ablation = read_ablation(args.ablation)
     if args.json != "-":
         print(report)
     arguments.write(args.json, report.to_json)
@@ -76,7 +83,7 @@ def _tune(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise ArgumentError(f"tune: --device {device}: configurations are measured on a CUDA device")
     shapes = [(batch, length) for batch in args.batch for length in args.length]
-    tune(arguments.load(args, device), shapes, say=lambda line: print(line, flush=True))
+    tune(arguments.load(args, device), shapes, limit_s=args.limit, say=lambda line: print(line, flush=True))
     return 0
 
 

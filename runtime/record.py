@@ -56,5 +56,7 @@ class Record:
     parameters: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     """Those of `optimize` that are not at their default."""
+    ablation: dict[str, Any] | None = None
+    """What each fusion contributes: one result of `bench ablate`."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes: `weights`, `packed_views` (no extra memory), `packed_copies` (extra)."""

@@ -19,6 +19,7 @@ from ..compiler.cost import over_layers
 from ..compiler.device import device_for
 from ..compiler.program import Note
 from ..compiler.records import NearMiss, PassResult, Reverted, Rewrite
+from ..kernels import tuning
 from .certificate import Certificate
 from .record import Record, SignatureRecord
 from .report_cost import CostReport, cost_report
@@ -79,7 +80,10 @@ class Report:
     @property
     def notes(self) -> tuple[Note, ...]:
         """What could not be captured, and other things to know."""
-        return tuple(dict.fromkeys((*self.record.notes, *(n for s in self.record.signatures for n in s.notes))))
+        untuned = [Note("", said) for said in tuning.untuned.values()] if self.record.device.startswith("cuda") else []
+        return tuple(
+            dict.fromkeys((*self.record.notes, *(n for s in self.record.signatures for n in s.notes), *untuned))
+        )
 
     @property
     def certificate(self) -> Certificate | None:
@@ -127,6 +131,7 @@ class Report:
             "passes": [pass_dict(p) for p in self.passes],
             "signatures": [signature_dict(s) for s in record.signatures],
             "memory": dict(record.memory),
+            "ablation": record.ablation,
             "cost": cost.to_dict() if cost is not None else None,
         }
 

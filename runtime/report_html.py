@@ -10,7 +10,7 @@ from ..compiler.cost import over_layers
 from .record import SignatureRecord
 from .report_cost import CostReport
 from .report_graph import by_place, diff_lines, places, source_lines
-from .report_text import nbytes, quantity
+from .report_text import nbytes, quantity, worth
 
 if TYPE_CHECKING:
     from .report import Report
@@ -52,6 +52,7 @@ def to_html(report: Report) -> str:
     body.append(_section("Rewrites", _rewrites(report)))
     if main is not None and main.expected:
         body.append(_section("Expected and found", _expected(main)))
+    body.append(_section("What each fusion contributes", _worth(report)))
     body.append(_section("Certificate", _certificate(main)))
     body.append(_section("Near-misses", _near_misses(report)))
     body.append(_section("Reverted", _reverted(report)))
@@ -154,6 +155,10 @@ def _rewrites(report: Report) -> str:
             ]
         )
     return _table(["stage", "rewrite", "#count", "where", "source", "#saves", "#error of allowed"], rows)
+
+
+def _worth(report: Report) -> str:
+    return "".join(f"<div>{escape(line)}</div>" for line in worth(report))
 
 
 def _expected(main: SignatureRecord) -> str:

@@ -36,6 +36,7 @@ def to_text(report: Report) -> str:
         lines += _expected(main)
         lines += _certificate(main)
         lines += _cost(report)
+    lines += _section("Worth", worth(report), 4)
     lines += _memory(report)
     others = [s for s in record.signatures if s is not main]
     lines += _section("Also", [f"{s.arguments}: {'graph' if s.served else s.reason}" for s in others], 1)
@@ -141,6 +142,20 @@ def _cost(report: Report) -> list[str]:
     text = f"{before.us:.0f} -> {after.us:.0f} us, {kernels[0]} -> {kernels[1]} kernels, {moved[0]} -> {moved[1]}"
     lines = [_line("Roofline", f"{text}, {flops}FLOP, {cost.device.name}")]
     return [*lines, _line("", f"at {at}")] if at else lines
+
+
+def worth(report: Report) -> list[str]:
+    """What each fusion contributes, as `bench ablate` measured it: the largest first."""
+    ablation = report.record.ablation
+    if ablation is None:
+        return []
+    rows = []
+    for p in sorted(ablation["passes"], key=lambda p: -(p["saves_ms"] or 0.0)):
+        if p["saves_ms"] is not None:
+            share = 100 * abs(p["saves_ms"]) / ablation["ms"]
+            what = "saves" if p["saves_ms"] >= 0 else "costs"
+            rows.append(f"{p['name']} (x{p['rewrites']}) {what} {abs(p['saves_ms']):.3f} ms, {share:.1f} %")
+    return [f"{ablation['row']}, {ablation['ms']:.3f} ms: {row}" if i == 0 else row for i, row in enumerate(rows)]
 
 
 def _memory(report: Report) -> list[str]:

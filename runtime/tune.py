@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,8 +28,8 @@ from .optimize import optimize
 from .sliced import distance_of
 from .timing import measure_kernels
 
-MOST: Final = 24
-"""Candidates of the first round."""
+MOST: Final = 16
+"""Candidates of one round."""
 STEPS: Final = 3
 """Rounds of neighbours at most."""
 COPIES_BYTES: Final = 320 << 20
@@ -58,7 +59,11 @@ class Tuned:
 
 
 def tune(
-    model: nn.Module, shapes: Sequence[tuple[int, int]], *, say: Callable[[str], None] = lambda line: None
+    model: nn.Module,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    limit_s: float = 60.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Tuned]:
     """Optimize the model, run it at each (batch, length), and tune what its kernels asked for there."""
     device = next(model.parameters()).device
@@ -68,7 +73,7 @@ def tune(
         with tuning.recorded() as seen:
             bound_call(model, inputs_for(model, *shape))()
         asked += seen
-    return tune_asked(asked, device, say=say)
+    return tune_asked(asked, device, say=say, limit_s=limit_s)
 
 
 def tune_asked(
@@ -77,8 +82,9 @@ def tune_asked(
     *,
     say: Callable[[str], None] = lambda line: None,
     measure: Measure | None = None,
+    limit_s: float = 60.0,
 ) -> list[Tuned]:
-    """Tune each kernel and bucket once; entries that are on disk already are left."""
+    """Tune each kernel and bucket once, for about `limit_s` seconds each; entries that are on disk already are left."""
     file, limit = tuning.device_limits(device)
     known = tuning_cache.entries(file)
     new: dict[tuple[str, tuning_cache.Bucket], Asked] = {}
@@ -89,7 +95,7 @@ def tune_asked(
     found = []
     for number, question in enumerate(new.values()):
         say(f"{_bar(number, len(new))} {question.kernel} {dict(question.features)}")
-        tuned = _tune(question, device, file, limit, measure or _measure_on(device))
+        tuned = _tune(question, device, limit, measure or _measure_on(device), limit_s)
         if tuned is None:
             say(f"{question.kernel}: the present configuration does not run; left as it is")
             continue
@@ -109,20 +115,20 @@ def _bar(done: int, of: int) -> str:
 # -- one kernel and bucket ---------------------------------------------------------------------------------------------
 
 
-def _tune(question: Asked, device: torch.device, file: str, limit: int | None, measure: Measure) -> Tuned | None:
+def _tune(question: Asked, device: torch.device, limit: int | None, measure: Measure, limit_s: float) -> Tuned | None:
     assert question.call is not None
-    trial = _Trial(question, device)
+    trial = _Trial(question, device, limit_s)
     if not trial.add(question.config):
         return None
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     fits = _Fits(question, limit, multiprocessors)
     first = [*tuning.known_configs(question.kernel), *neighbours(question.config)]
     trial.try_all(fits.best(c for c in first if c not in trial.calls))
-    times = dict(trial.time(trial.calls, measure))
+    times = dict(trial.time(list(trial.calls), measure))
     for _ in range(STEPS):
         best = min(times, key=times.__getitem__)
         fresh = trial.try_all(fits.best(c for c in neighbours(best) if c not in trial.calls and c not in trial.failed))
-        if not fresh:
+        if not fresh or trial.late:
             break
         times |= trial.time([best, *fresh], measure)
         if min(times, key=times.__getitem__) == best:
@@ -145,7 +151,8 @@ def _tune(question: Asked, device: torch.device, file: str, limit: int | None, m
 class _Trial:
     """A launcher on copies of the arguments it was called with, under one configuration after the other."""
 
-    def __init__(self, question: Asked, device: torch.device) -> None:
+    def __init__(self, question: Asked, device: torch.device, limit_s: float) -> None:
+        self._until = time.monotonic() + limit_s
         assert question.call is not None
         self._question = question
         self._run, args = question.call
@@ -173,9 +180,17 @@ class _Trial:
         return True
 
     def try_all(self, configs: Sequence[Config]) -> list[Config]:
-        """Those that run; compiled in parallel."""
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
-            return [c for c, good in zip(configs, pool.map(self.add, configs), strict=True) if good]
+        """Those that run; compiled in parallel, until there is no time left."""
+        pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
+        started = {pool.submit(self.add, c): c for c in configs}
+        wait(started, timeout=max(0.0, self._until - time.monotonic()))
+        pool.shutdown(wait=False, cancel_futures=True)
+        return [c for f, c in started.items() if f.done() and not f.cancelled() and f.result()]
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self._until
 
     def time(self, configs: Iterable[Config], measure: Measure) -> dict[Config, float]:
         """Milliseconds of each."""
