@@ -12,12 +12,14 @@ from .cases_linear import gate_ups, linears, norm_linears
 from .cases_moe import experts
 from .cases_qkv import qkv_ropes
 from .cases_rows import elementwise, norms, ropes
+from .cases_varlen import varlen_attentions
 
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> Mapping[str, tuple[Case, ...]]:
     """The cases by op name, with tensors of this dtype."""
     found: dict[str, tuple[Case, ...]] = {}
-    for make in (norms, ropes, attentions, elementwise, linears, gate_ups, norm_linears, qkv_ropes, experts):
+    attention = (attentions, varlen_attentions)
+    for make in (norms, ropes, *attention, elementwise, linears, gate_ups, norm_linears, qkv_ropes, experts):
         for case in make(dtype):
             found[case.op.name] = (*found.get(case.op.name, ()), case)
     return found

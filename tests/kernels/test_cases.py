@@ -8,13 +8,14 @@ import pytest
 import torch
 from kernel_checks import as_tuple
 
-from regraft.kernels import cases_attention
+from regraft.kernels import cases_attention, cases_varlen
 from regraft.kernels.attention import attention
 from regraft.kernels.case import Case, some_rows
 from regraft.kernels.cases import cases
 from regraft.kernels.cases_moe import _grouped, _some_tokens
 from regraft.kernels.moe import moe_experts
 from regraft.kernels.table import OPS
+from regraft.kernels.varlen_attention import varlen_attention
 
 CASES = [case for of_op in cases().values() for case in of_op]
 
@@ -43,7 +44,7 @@ def test_arguments_fit_their_ops_and_have_a_cost() -> None:
             case.op.signature(**small)
 
 
-@pytest.mark.parametrize("name", sorted(set(cases()) - {"attention", "moe_experts", "qkv_rope"}))
+@pytest.mark.parametrize("name", sorted(set(cases()) - {"attention", "varlen_attention", "moe_experts", "qkv_rope"}))
 def test_peers_compute_the_same(name: str) -> None:
     case = cases(torch.float32)[name][0]
     arguments = case.arguments(torch.device("meta"))
@@ -99,6 +100,19 @@ def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.Mon
     assert len(parts) == (2 if shape.queries == 1 else 6)
     for part, pick in parts:
         assert torch.allclose(attention.reference(**part), pick(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(cases_attention, "_compiled_flex", lambda: flex_attention)
+    size = (3, 9, 4, 2, 16)
+    arguments = cases_varlen._arguments(size, torch.float32, torch.device("cpu"))
+    expected = varlen_attention.reference(**arguments)
+    for peer in cases_varlen._PEERS.values():
+        assert torch.allclose(peer(size, arguments)(), expected, rtol=1e-4, atol=1e-5)
+    for part, pick in cases_varlen._parts(size, arguments):
+        assert torch.allclose(varlen_attention.reference(**part), pick(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_peer_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
