@@ -46,10 +46,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether TMA can read x `[B, H, T, D]`: aligned rows, no dimension that is expanded."""
+    return rows_aligned(x) and all(step > 0 for size, step in zip(x.shape, x.stride(), strict=True) if size > 1)
+
+
 def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Tiles `[1, 1, rows, width]` of x `[B, H, T, D]`, swizzled as the matrix unit reads them."""
     layout = gl.NVMMASharedLayout(min(2 * width, 128), 16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width], layout)
+    steps = [step if size > 1 else x.shape[3] for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, width], layout)
 
 
 def _descriptors(q: Tensor, k: Tensor, v: Tensor, o: Tensor, tile: int) -> list[TensorDescriptor]:
@@ -77,27 +83,20 @@ def attention(
     right: int = -1,
     softcap: float = 0.0,
 ) -> Tensor:
-    """As the op `attention`; views that TMA cannot read are left to the kernel that reads by address."""
+    """As the op `attention`; views that TMA cannot read, and a bias of its own for each pair of query
+    and key, are left to the kernel that reads by address."""
     batch, heads, queries, d = q.shape
     kv_heads, keys, dv = v.shape[1:]
-    readable = all(rows_aligned(t) and all(s > 0 for s in t.stride()) for t in (q, k, v))
     tiles = _tiles(d, dv)
-    if (
-        tiles is None
-        or not readable
-        or keys == 0
-        or q.numel() == 0
-        or scale <= 0.0
-        or k.shape[0] != batch
-        or v.shape[0] != batch
-    ):
+    bias_steps = (0, 0, 0, 0) if bias is None else bias.expand(batch, heads, queries, keys).stride()
+    readable = all(_readable(t) for t in (q, k, v)) and k.shape[0] == v.shape[0] == batch
+    if tiles is None or not readable or bias_steps[2] or 0 in (q.numel(), keys) or scale <= 0.0:
         return attention_triton.attention(q, k, v, mask, bias, key_mask, sinks, scale, left, right, softcap)
     o = empty((batch, queries, heads, dv), v.dtype, v.device)
     tile, stages, slots = tiles
     blocks = triton.cdiv(queries, 2 * QUERIES)
     programs = min(blocks * heads * batch, _multiprocessors(q.device))
     key_steps = (0, 0) if key_mask is None else key_mask.expand(batch, keys).stride()
-    bias_steps = (0, 0, 0, 0) if bias is None else bias.expand(batch, heads, queries, keys).stride()
     with on_device(q):
         launch(
             attention_hopper_kernel,
@@ -143,7 +142,7 @@ def _supports(signature: Signature) -> str | None:
     reason = attention_triton.supports(signature)
     if reason is not None:
         return reason
-    q, v, bias = (signature[name] for name in ("q", "v", "bias"))
+    q, v = signature["q"], signature["v"]
     if INTERPRETED or compute_capability(q.device) != (9, 0):
         return "this kernel is for compute capability 9.0"
     if q.dtype == torch.float32:
@@ -155,8 +154,6 @@ def _supports(signature: Signature) -> str | None:
         return f"tiles of head dimensions {d} and {dv} do not fit in shared memory"
     if signature["mask"] is not None:
         return "it takes no mask for each pair of query and key"
-    if bias is not None and len(bias.shape) > 1 and bias.shape[-2] != 1:
-        return "it takes no bias that differs between queries"
     return None
 
 

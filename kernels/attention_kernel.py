@@ -205,9 +205,8 @@ def attention_kernel(
     if HAS_RIGHT:
         stop = tl.maximum(tl.minimum(top + right + 1, K), 0)
         edge = tl.minimum(tl.maximum(bottom + right + 1, 0) // BLOCK_N * BLOCK_N, edge)
-    split = 0
+    split = tl.program_id(1)
     if SPLIT:
-        split = tl.program_id(1)
         share = tl.cdiv(tl.cdiv(tl.maximum(stop - first, 0), BLOCK_N), SPLITS) * BLOCK_N
         first += split * share
         stop = tl.minimum(stop, first + share)

@@ -20,6 +20,7 @@ from .op import Kernel, Op, Signature
 from .qkv_rope import qkv_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
+from .varlen_attention import varlen_attention
 
 OPS: Final[Mapping[str, Op]] = MappingProxyType(
     {
@@ -32,6 +33,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             rope,
             norm_rope,
             attention,
+            varlen_attention,
             activation,
             glu,
             linear_act,
@@ -57,17 +59,21 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
     if importlib.util.find_spec("triton") is not None:
         from . import (
             activation_triton,
+            attention_gluon,
+            attention_torch,
             attention_triton,
             layer_norm_triton,
             linear_act_torch,
             linear_act_triton,
             linear_act_wgmma,
+            moe_triton,
             norm_linear_triton,
             qkv_rope_triton,
             qkv_rope_wgmma,
             rms_norm_triton,
             rope_triton,
             skinny_triton,
+            varlen_attention_triton,
         )
 
         for module in (
@@ -75,6 +81,9 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             layer_norm_triton,
             rope_triton,
             attention_triton,
+            attention_gluon,
+            attention_torch,
+            varlen_attention_triton,
             activation_triton,
             linear_act_triton,
             skinny_triton,
@@ -83,6 +92,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             qkv_rope_wgmma,
             qkv_rope_triton,
             norm_linear_triton,
+            moe_triton,
         ):
             for kernel in module.KERNELS:
                 found[kernel.op.name].append(kernel)

@@ -24,6 +24,7 @@ from regraft.kernels.qkv_rope import qkv_rope
 from regraft.kernels.rms_norm import add_rms_norm, rms_norm
 from regraft.kernels.rope import norm_rope, rope
 from regraft.kernels.table import OPS, PROVIDERS, op_of, select
+from regraft.kernels.varlen_attention import varlen_attention
 
 HALF = torch.bfloat16
 
@@ -35,6 +36,7 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
     x, weight = torch.randn(2, 5, 8, dtype=HALF), torch.randn(8, dtype=HALF)
     cos, sin = torch.randn(2, 2, 1, 5, 6, dtype=HALF)
     square = torch.randn(6, 8, dtype=HALF)
+    packed, ends = torch.randn(11, 4, 8, dtype=HALF), torch.tensor([0, 4, 4, 10], dtype=torch.int32)
     normed = (True, 1e-6, 0.0, HALF, "half", None)
     return [
         (rms_norm, (q, weight, 1e-6, 0.0, HALF)),
@@ -47,6 +49,7 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
         (norm_rope, (q, weight, cos, sin, 1e-6, 1.0, None, HALF)),
         (attention, (q, k[:, :2], v[:, :2], None, None, None, torch.randn(4), 0.3, 3, 0, 5.0)),
         (attention, (q, k, v, torch.rand(2, 1, 5, 5) > 0.3, torch.randn(1, 4, 5, 5), torch.rand(2, 5) > 0.3)),
+        (varlen_attention, (packed, packed[:, :2], packed[:, 2:], ends, ends, 6, 7, None, None, 0.3, 3, 0)),
         (activation, (q, "identity")),
         (activation, (x[..., ::2], "gelu_new")),
         (glu, (x[..., :4], x[..., 4:], "silu")),
@@ -145,7 +148,7 @@ def test_references_export_with_symbolic_shapes() -> None:
         program = export(block, (torch.randn(3, 7, 64), bias), dynamic_shapes=dynamic, strict=False)
         program = program.run_decompositions({})
         targets = {op_of(node.target).name for node in program.graph.nodes if op_of(node.target)}
-        assert targets == set(OPS) - {"rms_norm", "layer_norm", "activation", "moe_experts"}
+        assert targets == set(OPS) - {"rms_norm", "layer_norm", "activation", "moe_experts", "varlen_attention"}
         for shape in [(1, 1, 64), (2, 5, 64), (1, 9, 64), (4, 1, 64)]:
             x = torch.randn(shape)
             assert torch.equal(program.module()(x, bias), block(x, bias))
