@@ -1,15 +1,17 @@
 """A key-value cache that remembers what the model writes, so that K and V of each layer become outputs of the graph.
 
 One concrete run says which cache the model makes. While it is captured it gets a recording cache of the same classes
-instead, and afterwards `Blueprint.build` makes the real one from the graph's outputs, through its own `update`.
+instead, and afterwards `Blueprint.build` makes the real one from the graph's outputs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -131,13 +133,24 @@ class Blueprint:
 
 
 def _write(part: Any, index: int, keys: Tensor, values: Tensor) -> None:
-    """What `part.update` does to an empty layer; a plain one takes the tensors as they are, without a copy."""
-    if index < len(part.layers) and type(part.layers[index]) is DynamicLayer:
-        layer = part.layers[index]
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer.keys, layer.values = keys, values
-    else:
+    """What `part.update` does to an empty layer, without its copies and without waiting for the device."""
+    layer = part.layers[index] if index < len(part.layers) else None
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or type(keys) is not Tensor:
         part.update(keys, values, index)
+        return
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer._sliding_window_tensor = _number(layer.sliding_window, keys.device)
+        layer.cumulative_length = keys.shape[-2]
+        keys, values = (t[:, :, -layer.sliding_window + 1 :, :] for t in (keys, values))
+    layer.keys, layer.values = keys, values
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: int, device: torch.device) -> Tensor:
+    """The number on the device, where it is only read: bringing one there makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.long, device=device)
 
 
 def _plan(layer: Any) -> LayerPlan:

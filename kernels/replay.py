@@ -42,6 +42,14 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return _noted(torch.empty_like(x, dtype=x.dtype if dtype is None else dtype))
 
 
+def rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor with the shape of x: strided as x if its last dimension is contiguous, else contiguous.
+
+    Sums of a permuted tensor (what follows a convolution) would otherwise stay permuted through the whole model.
+    """
+    return empty_like(x, dtype) if x.stride(-1) == 1 else empty(x.shape, dtype, x.device)
+
+
 def _noted(tensor: Tensor) -> Tensor:
     if _current.recording is not None:
         _current.recording.allocations.append(tensor)

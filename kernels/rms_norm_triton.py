@@ -14,13 +14,13 @@ from . import rms_norm as ops
 from .launch import (
     TL_DTYPES,
     collapse,
-    empty_like,
     launch,
     on_device,
     refuse_different_shapes,
     refuse_tensors,
     refuse_vector,
     refuse_width,
+    rows_like,
 )
 from .op import Kernel, Signature
 from .tuning import RowMemory, choose
@@ -90,10 +90,11 @@ def _rms_norm_kernel(
         s_rows = row_offsets(rows, N1, N2, stride_s0, stride_s1, stride_s2)
         tl.store(s_ptr + s_rows[:, None] + cols[None, :] * stride_sd, total, mask=inside)
         x = total.to(tl.float32)
+    if HAS_WEIGHT:  # read before the sum, which waits for all of the row
+        w = tl.load(w_ptr + cols * stride_w, mask=cols < D, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)  # [BLOCK_R]
     y = (x * scale[:, None]).to(MID_DTYPE).to(tl.float32)
     if HAS_WEIGHT:
-        w = tl.load(w_ptr + cols * stride_w, mask=cols < D, other=0.0).to(tl.float32)
         if HAS_OFFSET:
             w += offset
         y = (y * w[None, :]).to(PROMOTED_DTYPE)
@@ -115,8 +116,8 @@ def _run(
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     weight_dtype = None if weight is None else weight.dtype
     promoted = ops.result_dtype(sum_dtype, weight_dtype, offset, mid_dtype, None)
-    y = empty_like(x, dtype=promoted if out_dtype is None else out_dtype)
-    s = x if residual is None else empty_like(x, dtype=sum_dtype)
+    y = rows_like(x, promoted if out_dtype is None else out_dtype)
+    s = x if residual is None else rows_like(x, sum_dtype)
     if x.numel() == 0:
         return y, s
     r = x if residual is None else residual

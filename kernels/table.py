@@ -85,10 +85,10 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             attention_torch,
             varlen_attention_triton,
             activation_triton,
+            linear_act_torch,  # what nobody measured is left to the vendor's library
             linear_act_triton,
             skinny_triton,
             linear_act_wgmma,
-            linear_act_torch,
             qkv_rope_wgmma,
             qkv_rope_triton,
             norm_linear_triton,

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 BINDINGS: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
     {
-        aten.view.default: torch.Tensor.view,
+        aten.view.default: torch.Tensor.reshape,  # a kernel may have made contiguous what was permuted
         aten.reshape.default: torch.Tensor.reshape,
         aten.expand.default: torch.Tensor.expand,
         aten.transpose.int: torch.transpose,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regraft.kernels.launch import INTERPRETED
 from regraft.kernels.op import Op
-from regraft.kernels.table import select
+from regraft.kernels.table import PROVIDERS
 
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 """Where kernels run: on the CPU in Triton's interpreter (TRITON_INTERPRET=1), otherwise on a GPU."""
@@ -55,15 +55,17 @@ def assert_close(actual: Tensor, reference: Tensor, exact: Tensor, ulps: float =
 
 
 def check_kernel(op: Op, *args: Any, provider: str = "triton", ulps: float = 4.0, **kwargs: Any) -> None:
-    """Selects the provider's kernel for these arguments, runs it, compares every output: numbers, dtype, strides."""
-    kernel, refused = select(op, op.signature(*args, **kwargs))
-    assert kernel is not None, refused
-    assert kernel.provider == provider
+    """Runs the provider's kernel on these arguments and compares every output: numbers, dtype, strides.
+
+    Outputs may be contiguous where the reference's have the strides of a permuted input.
+    """
+    kernel = next(k for k in PROVIDERS[op.name] if k.provider == provider)
+    assert kernel.supports(op.signature(*args, **kwargs)) is None
     actual = as_tuple(kernel.run(*args, **kwargs))
     reference = as_tuple(op.reference(*args, **kwargs))
     for a, r, e in zip(actual, reference, oracle(op, *args, **kwargs), strict=True):
         assert_close(a, r, e, ulps)
-        assert layout(a) == layout(r)
+        assert layout(a) == layout(r) or a.is_contiguous()
 
 
 def layout(tensor: Tensor) -> list[int]:
@@ -73,9 +75,10 @@ def layout(tensor: Tensor) -> list[int]:
 
 def refusal(op: Op, *args: Any, **kwargs: Any) -> str:
     """Why the Triton kernel refuses these arguments; fails where it does not."""
-    kernel, refused = select(op, op.signature(*args, **kwargs))
-    assert kernel is None
-    return refused["triton"]
+    kernel = next(k for k in PROVIDERS[op.name] if k.provider == "triton")
+    reason = kernel.supports(op.signature(*args, **kwargs))
+    assert reason is not None
+    return reason
 
 
 def differing_share(a: Tensor, b: Tensor) -> float:
