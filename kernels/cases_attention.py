@@ -98,10 +98,9 @@ def _arguments(shape: _Shape, dtype: torch.dtype, device: torch.device) -> Argum
     made |= {"left": shape.window - 1 if shape.window else -1, "right": 0 if shape.causal else -1}
     if shape.sinks:
         made["sinks"] = randn(dtype, device, shape.heads)
-    if shape.alibi:  # a slope a head times the key's position, as in BLOOM
-        slopes = torch.exp2(-8.0 * torch.arange(1, shape.heads + 1, device=device) / shape.heads)
-        bias = slopes[:, None] * torch.arange(shape.keys, device=device)
-        made["bias"] = bias.to(dtype)[None, :, None, :].expand(shape.batch, -1, shape.queries, -1)
+    if shape.alibi:
+        bias = _alibi(shape, dtype, device)[None, :, None, :]
+        made["bias"] = bias.expand(shape.batch, -1, shape.queries, -1)
     return made
 
 
@@ -122,20 +121,21 @@ def _sdpa(shape: _Shape, backend: SDPBackend) -> Peer:
     return prepare
 
 
-@functools.cache
-def _compiled_flex() -> Any:
+def compiled_flex() -> Any:
+    """FlexAttention, compiled for one case: without those before it there is no limit of recompilations to reach."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(shape: _Shape, arguments: Arguments) -> Callable[[], Tensor]:
+@functools.lru_cache(maxsize=1)
+def _flex_of(shape: _Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """What all copies of a case's arguments share, so that it is compiled once: the function and its options."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]
     window, softcap = shape.window, shape.softcap
-    bias = arguments["bias"][0, :, 0, :] if shape.alibi else None
-    sinks = arguments.get("sinks")
+    bias = _alibi(shape, dtype, device) if shape.alibi else None
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if window:
@@ -147,10 +147,21 @@ def _flex(shape: _Shape, arguments: Arguments) -> Callable[[], Tensor]:
             s = softcap * torch.tanh(s / softcap)
         return s if bias is None else s + bias[h, j]
 
-    mask = create_block_mask(visible, None, None, shape.queries, shape.keys, device=q.device)
-    options = {"block_mask": mask, "scale": arguments["scale"], "enable_gqa": shape.heads != shape.kv_heads}
+    mask = create_block_mask(visible, None, None, shape.queries, shape.keys, device=device)
+    options = {"block_mask": mask, "scale": shape.width**-0.5, "enable_gqa": shape.heads != shape.kv_heads}
     options |= {"score_mod": score} if softcap or bias is not None else {}
-    run = _compiled_flex()
+    return compiled_flex(), options
+
+
+def _alibi(shape: _Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[H, K]`: a slope a head times the key's position, as in BLOOM."""
+    slopes = torch.exp2(-8.0 * torch.arange(1, shape.heads + 1, device=device) / shape.heads)
+    return (slopes[:, None] * torch.arange(shape.keys, device=device)).to(dtype)
+
+
+def _flex(shape: _Shape, arguments: Arguments) -> Callable[[], Tensor]:
+    q, k, v, sinks = arguments["q"], arguments["k"], arguments["v"], arguments.get("sinks")
+    run, options = _flex_of(shape, q.dtype, q.device)
 
     def call() -> Tensor:
         if sinks is None:

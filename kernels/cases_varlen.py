@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -77,17 +77,19 @@ def _batch(size: tuple[int, ...], arguments: Arguments) -> Callable[[], Tensor]:
     return call
 
 
-def _flex(size: tuple[int, ...], arguments: Arguments) -> Callable[[], Tensor]:
+@functools.lru_cache(maxsize=1)
+def _flex_of(length: int, tokens: int, device: torch.device) -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
-
-    length, tokens = size[1], size[0] * size[1]
-    q, k, v = (arguments[n].transpose(0, 1).unsqueeze(0) for n in "qkv")
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i // length == j // length)
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=q.device)
-    run = cases_attention._compiled_flex()
+    return cases_attention.compiled_flex(), create_block_mask(visible, None, None, tokens, tokens, device=device)
+
+
+def _flex(size: tuple[int, ...], arguments: Arguments) -> Callable[[], Tensor]:
+    q, k, v = (arguments[n].transpose(0, 1).unsqueeze(0) for n in "qkv")
+    run, mask = _flex_of(size[1], size[0] * size[1], q.device)
 
     def call() -> Tensor:
         y: Tensor = run(q, k, v, block_mask=mask, scale=arguments["scale"], enable_gqa=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -156,8 +157,9 @@ class _Measured:
     def add(self, name: str, prepare: Callable[[Arguments], Call]) -> None:
         """Run it once; what fails is a problem."""
         try:
-            calls = [prepare(copy) for copy in self.copies]
-            with torch.no_grad(), tuning.recorded() as configs:
+            with warnings.catch_warnings(), torch.no_grad(), tuning.recorded() as configs:
+                warnings.simplefilter("ignore")  # a backend of SDPA says with five of them why it refuses
+                calls = [prepare(copy) for copy in self.copies]
                 self.outputs[name] = _tensors(calls[0]())
             self.calls[name] = calls
             self.configs[name] = "; ".join(dict.fromkeys(map(str, configs)))

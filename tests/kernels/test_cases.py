@@ -86,7 +86,8 @@ def test_rows_come_from_beginning_middle_and_end() -> None:
 def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(cases_attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(cases_attention, "compiled_flex", lambda: flex_attention)
+    cases_attention._flex_of.cache_clear()
     sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 40, "keys": 40, "width": 16}
     shape = cases_attention._Shape(**{**sizes, **more})
     arguments = cases_attention._arguments(shape, torch.float32, torch.device("cpu"))
@@ -105,7 +106,8 @@ def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.Mon
 def test_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(cases_attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(cases_attention, "compiled_flex", lambda: flex_attention)
+    cases_varlen._flex_of.cache_clear()
     size = (3, 9, 4, 2, 16)
     arguments = cases_varlen._arguments(size, torch.float32, torch.device("cpu"))
     expected = varlen_attention.reference(**arguments)
