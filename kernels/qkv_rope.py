@@ -15,9 +15,10 @@ from .rope import rotate
 def _qkv_rope_cost(
     x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, *rest: object, **named: object
 ) -> Cost:
+    """The product's: what happens to q and k happens beside it."""
     n, k = sizes(weight)
     rows = numel(x) / k
-    return Cost(2 * rows * n * k + 7 * rows * n, nbytes(x, weight, bias, cos, sin) + rows * n * x.element_size())
+    return Cost(2 * rows * n * k, nbytes(x, weight, bias, cos, sin) + rows * n * x.element_size())
 
 
 @define(cost=_qkv_rope_cost)

@@ -1,5 +1,8 @@
 # mypy: disallow-untyped-defs=False
-"""Norm and rotation of q and k in place, behind PyTorch's matrix product: a program turns BLOCK_R rows of a head."""
+"""Norm and rotation of q and k in place, behind a matrix product: a program turns BLOCK_R rows of a head.
+
+The product is PyTorch's, or for few rows that of `skinny_triton`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import qkv_rope as ops
+from . import skinny_triton
 from .launch import (
     TL_DTYPES,
     collapse,
@@ -26,6 +30,7 @@ from .op import Kernel, Signature
 from .rms_norm import result_dtype
 from .rms_norm_triton import refuse_rounding
 from .rope import LAYOUTS
+from .skinny_triton import overlaps, start_dependent
 from .tuning import RowMemory, choose
 
 MAX_HEAD: Final = 2048
@@ -70,10 +75,12 @@ def _heads_kernel(
     HAS_TAIL: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRODUCT: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    start_dependent(PDL)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     head = tl.program_id(1)
     w_ptr, stride_w = q_weight_ptr, stride_q
@@ -165,11 +172,58 @@ def qkv_rope(
     layout: str,
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
-    """As the op `qkv_rope`."""
+    """As the op `qkv_rope`, the product by PyTorch."""
     y = library(F.linear, x, weight, bias)
+    _turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
+          compute_dtype)  # fmt: skip
+    return y
+
+
+def qkv_rope_of_few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_heads: int,
+    k_heads: int,
+    head_dim: int,
+    norm: bool,
+    eps: float,
+    offset: float,
+    mid_dtype: torch.dtype | None,
+    layout: str,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """As the op `qkv_rope`, the product by the kernels for few rows."""
+    y = skinny_triton.linear_act(x, weight, bias, "identity")
+    _turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
+          compute_dtype)  # fmt: skip
+    return y
+
+
+def _turn(
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    sizes: tuple[int, int, int],
+    norm: bool,
+    eps: float,
+    offset: float,
+    mid_dtype: torch.dtype | None,
+    layout: str,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Norm and rotation in y `[..., N]`, made of x; `sizes`: heads of q, heads of k, columns of a head."""
+    q_heads, k_heads, head_dim = sizes
     rows, rotary = y.numel() // y.shape[-1], cos.shape[-1]
     if rows == 0:
-        return y
+        return
     length, cos, sin, (cos_b, cos_s, sin_b, sin_s) = tables(x, cos, sin)
     mid, promoted = norm_dtypes(y.dtype, (q_weight, k_weight), offset, mid_dtype)
     config = choose("heads", {"rows": rows, "D": triton.next_power_of_2(head_dim)}, RowMemory(head_dim), x.device)
@@ -207,9 +261,9 @@ def qkv_rope(
             BLOCK_P=triton.next_power_of_2(rotary // 2),
             BLOCK_T=triton.next_power_of_2(max(1, head_dim - rotary)),
             enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
+            **overlaps(x),
             **config.launch,
         )
-    return y
 
 
 def _refuse_heads(signature: Signature) -> str | None:
@@ -245,4 +299,7 @@ def refuse_qkv(signature: Signature) -> str | None:
     )
 
 
-KERNELS: Final = (Kernel(ops.qkv_rope, "cublas", qkv_rope, refuse_qkv),)
+KERNELS: Final = (
+    Kernel(ops.qkv_rope, "cublas", qkv_rope, refuse_qkv),
+    Kernel(ops.qkv_rope, "skinny", qkv_rope_of_few_rows, refuse_qkv),
+)

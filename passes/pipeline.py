@@ -26,6 +26,7 @@ from . import (
     outputs,
     pack,
     qkv,
+    qkv_rope,
     rms_norm,
     rope,
 )
@@ -53,6 +54,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("linear_act", Stage.FUSE, linear_act.RULES),
     Pass("add_norm", Stage.FUSE, add_norm.RULES),
     Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
+    Pass("qkv_rope", Stage.FUSE, qkv_rope.RULES),
     Pass("norm_linear", Stage.FUSE, norm_linear.RULES),
     Pass("written_norm", Stage.FUSE, (*_of(Stage.FUSE, layer_norm), *_of(Stage.FUSE, rms_norm))),
     # weights and kernels

@@ -192,6 +192,20 @@ def norm_linear(draw: int) -> dict[str, Any]:
     return {"x": x(draw, inner), **norm, "weight": weight(9, inner), "bias": weight(9) if draw % 2 else None}
 
 
+def qkv_rope(draw: int) -> dict[str, Any]:
+    """By turns with the heads in front of the sequence and behind it."""
+    batch, length, head, inner = 3 - draw % 2, 5 + 2 * draw, 6, 7
+    given: dict[str, Any] = {"x": torch.randn(batch, length, inner), "weight": weight(8 * head, inner)}
+    given |= {"bias": weight(8 * head) if draw % 2 else None, "v_start": 6 * head, "v_end": END}
+    for of, start, heads in (("q", 0, 4), ("k", 4, 2)):
+        given |= {f"{of}_start": start * head, f"{of}_end": (start + heads) * head, f"{of}_dim0": 1, f"{of}_dim1": 2}
+        given |= {f"{of}_sizes": [batch, length, heads, head], f"{of}_weight": weight(head), f"{of}_eps": 1e-6}
+        given |= {f"{of}_offset": 0.0, f"{of}_mid_dtype": None, f"{of}_out_dtype": None}
+    angle = torch.randn(1, length, head, dtype=torch.float64)
+    dims = {"cos_dim": 1 + draw % 2, "sin_dim": 1 + draw % 2}
+    return {**given, **dims, "cos": angle.cos(), "sin": angle.sin(), "layout": "half", "compute_dtype": None}
+
+
 def layer_norm(draw: int) -> dict[str, Any]:
     given = {"shape": [7], "weight": weight(7), "bias": weight(7) if draw % 2 else None, "eps": 1e-5, "cudnn": True}
     return {"x": x(draw, 7), **given}
@@ -246,6 +260,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "repeat_kv": repeat_kv,
     "norm_linear": norm_linear,
     "qkv": siblings,
+    "qkv_rope": qkv_rope,
     "gate_up": gate_up,
     "packed_gate_up": packed_gate_up,
     "linear_act": linear_act,

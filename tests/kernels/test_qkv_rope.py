@@ -13,7 +13,8 @@ from regraft.kernels.op import Kernel
 from regraft.kernels.qkv_rope import qkv_rope
 from regraft.kernels.rope import norm_rope, rope
 
-CUBLAS, WGMMA = qkv_rope_triton.KERNELS[0], qkv_rope_wgmma.KERNELS[0]
+CUBLAS, SKINNY = qkv_rope_triton.KERNELS
+WGMMA = qkv_rope_wgmma.KERNELS[0]
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
@@ -95,9 +96,11 @@ def variant(number: int, dtype: torch.dtype) -> dict[str, Any]:
 @on_devices
 @in_dtypes
 @pytest.mark.parametrize("number", range(len(VARIANTS)))
-def test_behind_pytorchs_product(number: int, dtype: torch.dtype, device: str) -> None:
+def test_behind_a_product(number: int, dtype: torch.dtype, device: str) -> None:
     options = variant(number, dtype)
     check(CUBLAS, given((2, 5), (4, 2, 2), 16, 24, dtype, device, **options))
+    check(SKINNY, given((2, 5), (4, 2, 2), 16, 24, dtype, device, **options))
+    check(SKINNY, given((1, 1), (4, 2, 2), 16, 24, dtype, device, **options))
     check(CUBLAS, given((7,), (3, 1, 2), 20, 9, dtype, device, rotary=8, **options))
     check(CUBLAS, given((2, 3), (2, 2, 1), 12, 17, dtype, device, rotary=6, style="interleaved", **options))
 
@@ -143,7 +146,7 @@ def test_wgmma_of_views() -> None:
 @pytest.mark.gpu
 @on_hopper
 def test_plans_repeat_the_launches() -> None:
-    for kernel in (CUBLAS, WGMMA):
+    for kernel in (CUBLAS, SKINNY, WGMMA):
         bound = choice.bind(qkv_rope, [kernel])
         for _ in range(3):
             args = given((2, 77), (4, 2, 2), 128, 136, torch.bfloat16, "cuda", norm=True)
