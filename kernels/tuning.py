@@ -4,10 +4,10 @@
                                 "config": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}}, ...]}}
 
 A device's file may also say, in a section "providers", which provider of an op was measured to be the fastest where
-(see `choice.py`). Entries are tried in order, the device's own before the default ones. An entry fits when every
-feature in `where` lies in its inclusive range and when its need of shared memory, which the kernel's module computes,
-is within the device's limit. Nothing is timed at run time: `python -m regraft tune` does that, and what it finds comes
-before all tables (see `tuning_cache.py`).
+(see `choice.py`). The default file names the `device` on which it was made. Entries are tried in order, the device's
+own before the default ones. An entry fits when every feature in `where` lies in its inclusive range and when its need
+of shared memory, which the kernel's module computes, is within the device's limit. Nothing is timed at run time:
+`python -m regraft tune` does that, and what it finds comes before all tables (see `tuning_cache.py`).
 """
 
 from __future__ import annotations
@@ -135,12 +135,24 @@ def _choose(
         exact = mine.get(tuning_cache.bucket(known))
         if exact is not None and (limit is None or shared_memory(exact) <= limit):
             return exact
-        if not any(e.matches(known) for e in load(file).get(kernel, ())):
+        if not _measured(kernel, known, file):
             _say_untuned(kernel, known, file)
             near = tuning_cache.nearest(mine, known)
             if near is not None and (limit is None or shared_memory(near) <= limit):
                 return near
     return select_config(kernel, known, shared_memory, file=file, limit=limit)
+
+
+def _measured(kernel: str, features: Mapping[str, int], file: str) -> bool:
+    """Whether an entry made on this device covers the sizes; the default file names the device it was made on."""
+    if any(e.matches(features) for e in load(file).get(kernel, ())):
+        return True
+    return file == _made_on() and any(e.where and e.matches(features) for e in load(DEFAULT).get(kernel, ()))
+
+
+@functools.cache
+def _made_on() -> str:
+    return str(json.loads((DIRECTORY / f"{DEFAULT}.json").read_text()).get("device", ""))
 
 
 untuned: dict[str, str] = {}

@@ -80,7 +80,12 @@ class Report:
     @property
     def notes(self) -> tuple[Note, ...]:
         """What could not be captured, and other things to know."""
-        untuned = [Note("", said) for said in tuning.untuned.values()] if self.record.device.startswith("cuda") else []
+        untuned = []
+        if tuning.untuned and self.record.device.startswith("cuda"):
+            names = ", ".join(sorted(tuning.untuned))
+            untuned = [
+                Note("", f"nearest configurations run for {names}; `python -m regraft tune MODEL` measures them")
+            ]
         return tuple(
             dict.fromkeys((*self.record.notes, *(n for s in self.record.signatures for n in s.notes), *untuned))
         )

@@ -198,3 +198,23 @@ def test_the_model_is_run_and_its_questions_collected(monkeypatch: pytest.Monkey
 def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "bert_base", "--device", "cpu"]) == 2
     assert "CUDA" in capsys.readouterr().err
+
+
+def test_sizes_in_the_tables_of_the_device_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "device_limits", lambda device: ("nvidia_h200", 200_000))
+    tuning.forget()
+    choose("rms_norm", {"D": 4096, "R": 2048, "bytes": 2}, RowMemory(4096), CPU)
+    choose("rope", {"D": 64, "R": 2048, "bytes": 2}, RowMemory(64), CPU)  # in the default file, which was made there
+    assert not tuning.untuned
+    choose("rms_norm", {"D": 65536, "R": 1, "bytes": 2}, RowMemory(65536), CPU)
+    assert list(tuning.untuned) == ["rms_norm"]
+
+
+def test_the_report_says_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regraft.runtime.record import Record
+    from regraft.runtime.report import Report
+
+    monkeypatch.setattr(tuning, "untuned", {"rope": "...", "linear": "..."})
+    (note,) = Report(Record("Model", device="cuda:0")).notes
+    assert "linear, rope" in note.message and "regraft tune" in note.message
+    assert not Report(Record("Model", device="cpu")).notes
