@@ -1,9 +1,10 @@
 """CUDA graphs of a program for shapes that come again: the host launches one graph instead of every kernel.
 
 A graph is made when a set of shapes comes for the third time and the GPU waited for the host the second time. Inputs
-are copied into the graph's own, outputs are copied out, so that a caller may keep them; where those copies would be
-large the forward runs directly. All graphs of a process share one memory pool, since none runs beside another: what
-they hold is bounded in number and in bytes, and those not used for longest go first.
+are copied into the graph's own. Small outputs are copied out. Large ones are lent: the caller gets the graph's own
+memory, and as long as any tensor on it lives the graph is not run again; another one or the direct way serves. All
+graphs of a process share one memory pool, since none runs beside another: what they hold is bounded in number and in
+bytes, and those not used for longest go first.
 
 Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
 """
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -29,11 +30,15 @@ log = logging.getLogger("regraft")
 
 BEFORE: Final = 2
 """Calls with the same shapes that run directly first: one compiles what is missing, one is watched."""
-HOST_SHARE: Final = 0.6
+HOST_SHARE: Final = 0.3
 """Of the time from the first kernel's start to the last one's end: where the host takes less, the GPU hardly waits."""
+COPIES: Final = 2
+"""Graphs for the same shapes whose outputs are lent: a caller often keeps one result while the next is computed."""
 MAX_GRAPHS: Final = 16
-MAX_OUTPUT_BYTES: Final = 64 << 20
-"""Outputs that would have to be copied; above it a forward runs directly."""
+MAX_COPIED_BYTES: Final = 64 << 20
+"""Outputs up to here are copied out of the graph; larger ones are lent."""
+MAX_OUTPUT_BYTES: Final = 512 << 20
+"""Outputs above it: the forward runs directly."""
 MAX_SHAPES: Final = 4096
 """Shapes that are counted, and shapes whose launch plans are kept."""
 MAX_HELD_BYTES: Final = 1 << 30
@@ -42,7 +47,7 @@ MAX_HELD_BYTES: Final = 1 << 30
 BYTES_OF_MODE: Final = {
     "default": MAX_OUTPUT_BYTES,
     "max-autotune": MAX_OUTPUT_BYTES,
-    "reduce-overhead": MAX_HELD_BYTES,
+    "reduce-overhead": 2 * MAX_OUTPUT_BYTES,
     "max-autotune-no-cudagraphs": 0,
 }
 
@@ -66,6 +71,13 @@ class _Captured:
     passed: dict[int, int]
     """Outputs that are an input as it came: of which place."""
     held: int
+    lends: bool = False
+    counts: list[tuple[int, int]] = field(default_factory=list)
+    """Of each lent storage, its handle and how many tensors of ours are on it."""
+
+    def free(self) -> bool:
+        """Whether nobody holds what was lent."""
+        return all(torch._C._storage_Use_Count(handle) == count for handle, count in self.counts)
 
 
 class Graphs:
@@ -79,7 +91,7 @@ class Graphs:
         self._function, self._count, self._max_output_bytes = function, count, max_output_bytes
         self._seen: dict[Shapes, int] = {}
         self._plans: dict[Shapes, tuple[Any, ...]] = {}
-        self._graphs: OrderedDict[Shapes, _Captured] = OrderedDict()
+        self._graphs: OrderedDict[Shapes, list[_Captured]] = OrderedDict()
         self._direct: set[Shapes] = set()
         """Shapes for which a graph is of no use."""
         self._watched: dict[Shapes, tuple[float, torch.cuda.Event, torch.cuda.Event, int]] = {}
@@ -100,8 +112,9 @@ class Graphs:
                 self._graphs.clear()
                 self._plans.clear()
                 self._version = version
-            captured = self._graphs.get(key)
-            if captured is None and self._due(key):
+            made = self._graphs.get(key, [])
+            captured = next((c for c in made if c.free()), None)
+            if captured is None and len(made) < COPIES and self._due(key):
                 captured = self._capture(key, values)
             if captured is not None:
                 return self._replay(captured, given)
@@ -143,10 +156,10 @@ class Graphs:
     @property
     def held(self) -> int:
         """Bytes of memory that the graphs hold."""
-        return sum(c.held for c in self._graphs.values())
+        return sum(c.held for made in self._graphs.values() for c in made)
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return sum(map(len, self._graphs.values()))
 
     def _due(self, key: Shapes) -> bool:
         if len(self._seen) > MAX_SHAPES:
@@ -189,8 +202,12 @@ class Graphs:
             self._direct.add(key)
             return None
         captured.held = max(torch.cuda.memory_allocated(device) - before, size)
-        self._graphs[key] = captured
-        while len(self._graphs) > MAX_GRAPHS or (self.held > MAX_HELD_BYTES and len(self._graphs) > 1):
+        if size > MAX_COPIED_BYTES:
+            captured.lends = True
+            handles = {outputs[i].untyped_storage()._cdata for i in captured.copied}
+            captured.counts = [(handle, torch._C._storage_Use_Count(handle)) for handle in handles]
+        self._graphs.setdefault(key, []).append(captured)
+        while len(self) > MAX_GRAPHS or (self.held > MAX_HELD_BYTES and len(self._graphs) > 1):
             oldest, _ = self._graphs.popitem(last=False)
             self._seen.pop(oldest, None)
         return captured
@@ -203,8 +220,8 @@ class Graphs:
         captured.graph.replay()
         outputs = list(captured.outputs)
         mine = [captured.outputs[i] for i in captured.copied]
-        out = [torch.empty_like(t) for t in mine]
-        if out:
+        out = [t.detach() if captured.lends else torch.empty_like(t) for t in mine]
+        if out and not captured.lends:
             torch._foreach_copy_(out, mine)
         for place, tensor in zip(captured.copied, out, strict=True):
             outputs[place] = tensor

@@ -87,6 +87,26 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(graphs([x, w * 2], 2)[0], x * 10)
 
 
+def test_lent_outputs_are_never_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_COPIED_BYTES", 0)
+    graphs = Graphs(lambda x, w: (x * w, (x + w).view(2, -1)), 1)
+    w = torch.tensor(3.0, device="cuda")
+    kept = []
+    for i in range(12):
+        x = torch.randn(100, device="cuda")
+        product, total = graphs([x, w], 1)
+        assert torch.equal(product, x * 3) and torch.equal(total, (x + 3).view(2, -1))
+        if i % 3 == 0:
+            kept.append((x, product[5:9]))  # a view is enough to keep it
+        for old, part in kept:
+            assert torch.equal(part, old[5:9] * 3)
+    assert len(graphs) == cuda_graphs.COPIES
+    captured = next(iter(graphs._graphs.values()))
+    assert not any(c.free() for c in captured)
+    del kept, part, product, total
+    assert all(c.free() for c in captured)
+
+
 def test_a_function_that_cannot_be_captured_runs_directly() -> None:
     graphs = Graphs(lambda x: (x * x.sum().item(),), 1)
     x = torch.ones(3, device="cuda")
