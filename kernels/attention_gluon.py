@@ -23,6 +23,8 @@ QUERIES: Final = 64
 REGISTERS: Final = 240
 """For a thread of the two warp groups that compute; the warp that copies gets 24."""
 
+L2_BYTES: Final = 24 << 20
+"""How much of L2 the keys and values of the heads in progress may take."""
 LIMIT: Final = 227 * 1024
 """Bytes of shared memory of one program."""
 
@@ -95,6 +97,8 @@ def attention(
     o = empty((batch, queries, heads, dv), v.dtype, v.device)
     tile, stages, slots = tiles
     blocks = triton.cdiv(queries, 2 * QUERIES)
+    together = max(1, L2_BYTES // (2 * keys * (d + dv)))  # kv heads whose keys and values fit
+    section = min(together * (heads // kv_heads), batch * heads)
     programs = min(blocks * heads * batch, _multiprocessors(q.device))
     key_steps = (0, 0) if key_mask is None else key_mask.expand(batch, keys).stride()
     with on_device(q):
@@ -111,6 +115,7 @@ def attention(
             queries,
             keys,
             blocks,
+            section,
             *key_steps,
             bias_steps[0],
             bias_steps[1],

@@ -48,11 +48,29 @@ def _copy(desc, desc2, at, row, full, buf, buf2, W: gl.constexpr, W2: gl.constex
 
 
 @gluon.jit
-def _tile(index, B, H, Q_BLOCKS):
-    """Batch, head and block of a tile: the longest blocks of a causal mask first, heads of a group side by side."""
-    head = index % H
-    rest = index // H
-    return rest % B, head, Q_BLOCKS - 1 - rest // B
+def _rounds(tiles):
+    """How many tiles this program computes."""
+    whole = tiles // gl.num_programs(0)
+    return whole + (_index(whole) < tiles).to(gl.int32)
+
+
+@gluon.jit
+def _index(done):
+    """The next tile after `done` others: programs take them in turns, every second time in the opposite order."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    return done * programs + gl.where(done % 2 == 0, place, programs - 1 - place)
+
+
+@gluon.jit
+def _tile(index, B, H, Q_BLOCKS, SECTION):
+    """Batch, head and block of a tile. SECTION heads, whose keys fit in L2, are done before the next ones are begun;
+    among them the longest blocks of a causal mask come first, heads of a group side by side."""
+    section = index // (SECTION * Q_BLOCKS)
+    inside = index % (SECTION * Q_BLOCKS)
+    size = gl.maximum(gl.minimum(SECTION, B * H - section * SECTION), 1)  # 1: for an index behind the last
+    row = section * SECTION + inside % size
+    return row // H, row % H, Q_BLOCKS - 1 - inside // size
 
 
 @gluon.jit
@@ -94,15 +112,14 @@ def _produce(
     q_bufs, k_bufs, v_bufs = buffers
     q_bufs2, k_bufs2, v_bufs2 = buffers2
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
-    B, H, GROUP, Q, K, Q_BLOCKS, left, right = sizes
+    B, H, GROUP, Q, K, Q_BLOCKS, SECTION, left, right = sizes
     M: gl.constexpr = q_bufs.shape[1]
     N: gl.constexpr = k_bufs.shape[1]
     D: gl.constexpr = k_bufs.shape[2]
     DV: gl.constexpr = v_bufs.shape[2]
     count = 0
-    done = 0
-    for index in range(gl.program_id(0), B * H * Q_BLOCKS, gl.num_programs(0)):
-        batch, head, block = _tile(index, B, H, Q_BLOCKS)
+    for done in range(_rounds(B * H * Q_BLOCKS)):
+        batch, head, block = _tile(_index(done), B, H, Q_BLOCKS, SECTION)
         first, _whole, _edge, stop = _span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, 2 * M, N)
         at = (batch, head // GROUP)
         for part in gl.static_range(2):
@@ -111,7 +128,6 @@ def _produce(
             row = block * (2 * M) + part * M
             q_at, q_at2 = q_bufs.index(slot), q_bufs2.index(slot)
             _copy(q_desc, q_desc2, (batch, head), row, q_full.index(slot), q_at, q_at2, D, D2)
-        done = done + 1
         for back in range(stop - first):
             row = (stop - 1 - back) * N
             stage = count % STAGES
@@ -213,7 +229,7 @@ def _consume(
     q_bufs, k_bufs, v_bufs = buffers
     q_bufs2, k_bufs2, v_bufs2 = buffers2
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
-    B, H, _group, Q, K, Q_BLOCKS, left, right = sizes
+    B, H, _group, Q, K, Q_BLOCKS, SECTION, left, right = sizes
     key_mask_ptr, bias_ptr, sink_ptr = pointers
     scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s = numbers
     M: gl.constexpr = q_bufs.shape[1]
@@ -231,9 +247,8 @@ def _consume(
     if PINGPONG and PART == 1:
         mbarrier.arrive(turn.index(0), count=1)
     count = 0
-    done = 0
-    for index in range(gl.program_id(0), B * H * Q_BLOCKS, gl.num_programs(0)):
-        batch, head, block = _tile(index, B, H, Q_BLOCKS)
+    batch, head, block = _tile(gl.program_id(0), B, H, Q_BLOCKS, SECTION)
+    for done in range(_rounds(B * H * Q_BLOCKS)):
         first, whole, edge, stop = _span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, 2 * M, N)
         row = block * (2 * M) + PART * M
         position = row + gl.arange(0, M, ROW) + (K - Q)
@@ -263,10 +278,16 @@ def _consume(
             mbarrier.arrive(q_empty.index(((done + 1) % SLOTS) * 2 + PART), count=1, pred=done > 0)
         s = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        p, m, total, alpha = _softmax(
-            s, m, total, stop - 1, low, high, key_mask_at, bias_at, step_p, step_b, K, scale, softcap,
-            True, HAS_LEFT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, S_LAYOUT,
-        )  # fmt: skip
+        if HAS_RIGHT or edge < stop or whole >= stop:
+            p, m, total, alpha = _softmax(
+                s, m, total, stop - 1, low, high, key_mask_at, bias_at, step_p, step_b, K, scale, softcap,
+                True, HAS_LEFT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, S_LAYOUT,
+            )  # fmt: skip
+        else:
+            p, m, total, alpha = _softmax(
+                s, m, total, stop - 1, low, high, key_mask_at, bias_at, step_p, step_b, K, scale, softcap,
+                False, HAS_LEFT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, S_LAYOUT,
+            )  # fmt: skip
         p = gl.convert_layout(p, P_LAYOUT).to(DTYPE)
         count = count + 1
 
@@ -315,6 +336,7 @@ def _consume(
         values = warpgroup_mma(p, v_bufs.index(old), acc, is_async=True)
         if DV2 > 0:
             values2 = warpgroup_mma(gl.convert_layout(p, P_LAYOUT2), v_bufs2.index(old), acc2, is_async=True)
+        next_batch, next_head, next_block = _tile(_index(done + 1), B, H, Q_BLOCKS, SECTION)  # beside the products
         if HAS_SINKS:
             sink = gl.load(sink_ptr + head * step_s).to(gl.float32) * LOG2E
             m_new = gl.maximum(m, sink)
@@ -344,7 +366,7 @@ def _consume(
         if SLOTS == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(PART), count=1)
-        done = done + 1
+        batch, head, block = next_batch, next_head, next_block
     tma.store_wait(0)
 
 
@@ -353,7 +375,7 @@ def _layout(rows, width, dtype):
     return gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
 
 
-@gluon.jit(do_not_specialize=["B", "Q", "K", "Q_BLOCKS", "left", "right"])
+@gluon.jit(do_not_specialize=["B", "Q", "K", "Q_BLOCKS", "SECTION", "left", "right"])
 def attention_hopper_kernel(
     q_desc,  # [B, H, Q, D], blocks of [1, 1, M, first part of D]
     k_desc,  # [B, Hkv, K, D], blocks of [1, 1, N, first part of D]
@@ -372,6 +394,7 @@ def attention_hopper_kernel(
     Q,
     K,
     Q_BLOCKS,
+    SECTION,
     step_pb,
     step_p,
     step_bb,
@@ -431,7 +454,7 @@ def attention_hopper_kernel(
     buffers = (q_bufs, k_bufs, v_bufs)
     buffers2 = (q_bufs2, k_bufs2, v_bufs2)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    sizes = (B, H, GROUP, Q, K, Q_BLOCKS, left, right)
+    sizes = (B, H, GROUP, Q, K, Q_BLOCKS, SECTION, left, right)
     pointers = (key_mask_ptr, bias_ptr, sink_ptr)
     numbers = (scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s)
     gl.warp_specialize(

@@ -29,7 +29,7 @@ from .tuning import MANY, Config, choose, refuse_memory
 MAX_HEAD_DIM: Final = 256
 PACKED_ROWS: Final = 64
 """The heads of one kv head share a tile where all their queries are at most so many rows."""
-KEYS_PER_SPLIT: Final = 256
+KEYS_PER_SPLIT: Final = 64
 MAX_SPLITS: Final = 64
 
 
