@@ -57,9 +57,10 @@ def _norm_linear(args: Sequence[Any]) -> Features:
 
 
 def _experts(args: Sequence[Any]) -> Features:
-    """T tokens, D = width, bytes."""
-    x = args[0]
-    return {"T": _rows(x), "D": x.shape[-1], "bytes": x.element_size()}
+    """T tokens, D = width, E experts, R = rows of an expert on average (rounded up), bytes."""
+    x, index, experts = args[0], args[1], args[3].shape[0]
+    rows = -(-index.numel() // experts)
+    return {"T": _rows(x), "D": x.shape[-1], "E": experts, "R": rows, "bytes": x.element_size()}
 
 
 _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyType(

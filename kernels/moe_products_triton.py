@@ -120,6 +120,7 @@ def down_gemv_kernel(
     stride_be,
     stride_bn,
     TOP: tl.constexpr,
+    SLOTS: tl.constexpr,  # power of two, TOP at least
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -129,27 +130,32 @@ def down_gemv_kernel(
     start_dependent(PDL)
     t = tl.program_id(0)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    # all slots at once: line j is row j % ROWS of the expert of slot j // ROWS
+    line = tl.arange(0, ROWS * SLOTS)
+    slot = line // ROWS
+    n_line = tl.program_id(1) * ROWS + line % ROWS
+    e = tl.load(index_ptr + t * stride_it + slot * stride_ik, mask=slot < TOP, other=-1).to(tl.int64)
+    known = (e >= 0) & (e < E)
+    e = tl.where(known, e, 0)
+    weight = tl.load(router_ptr + t * stride_rt + slot * stride_rk, mask=known, other=0.0).to(tl.float32)
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    rows = tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_wn
-    acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
-    y = tl.zeros((ROWS,), dtype=tl.float32)
-    for slot in range(TOP):
-        e = tl.load(index_ptr + t * stride_it + slot * stride_ik).to(tl.int64)
-        if (e >= 0) & (e < E):
-            weight = tl.load(router_ptr + t * stride_rt + slot * stride_rk).to(tl.float32)
-            x_ptrs = x_ptr + (t * TOP + slot).to(tl.int64) * K + k
-            for start in range(0, K, BLOCK_K):
-                ptrs = w_ptr + e * stride_we + rows + (start + k).to(tl.int64)[None, :] * stride_wk
-                if EVEN_K:
-                    w = tl.load(ptrs)
-                    x = tl.load(x_ptrs + start)
-                else:
-                    w = tl.load(ptrs, mask=(k < K - start)[None, :], other=0.0)
-                    x = tl.load(x_ptrs + start, mask=k < K - start, other=0.0)
-                acc += w.to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
-            if HAS_BIAS:
-                y += weight * tl.load(b_ptr + e * stride_be + n * stride_bn, mask=n < N, other=0.0).to(tl.float32)
-    y += tl.sum(acc, axis=1)
+    rows = w_ptr + (e * stride_we + tl.minimum(n_line, N - 1).to(tl.int64) * stride_wn)[:, None]
+    x_rows = x_ptr + ((t * TOP + slot).to(tl.int64) * K)[:, None]
+    acc = tl.zeros((ROWS * SLOTS, BLOCK_K), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = known[:, None] & (k < K - start)[None, :]
+        ptrs = rows + (start + k).to(tl.int64)[None, :] * stride_wk
+        if EVEN_K:
+            inside = known[:, None]
+        w = tl.load(ptrs, mask=inside, other=0.0)
+        x = tl.load(x_rows + (start + k)[None, :], mask=inside, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)
+    y_line = tl.sum(acc, axis=1)
+    if HAS_BIAS:
+        y_line += tl.load(b_ptr + e * stride_be + n_line * stride_bn, mask=known & (n_line < N), other=0.0).to(
+            tl.float32
+        )
+    y = tl.sum(tl.reshape(y_line * weight, (SLOTS, ROWS)), axis=0)
     tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -277,12 +283,60 @@ def add_slots_kernel(
     PDL: tl.constexpr,
 ):
     start_dependent(PDL)
-    t = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros((BLOCK,), dtype=tl.float32)
     for slot in tl.static_range(TOP):
         e = tl.load(index_ptr + t.to(tl.int64) * stride_it + slot * stride_ik)
         mask = (n < N) & (e >= 0) & (e < E)  # no expert, no part
         part = part_ptr + (t * TOP + slot).to(tl.int64) * N + n
         y += tl.load(part, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def spread_rows_kernel(
+    x_ptr,
+    places_ptr,
+    y_ptr,
+    N,
+    stride_xm,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each token's row to the places of its slots."""
+    start_dependent(PDL)
+    pair = tl.program_id(0)
+    place = tl.load(places_ptr + pair)
+    if place < 0:
+        return
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + (pair // TOP).to(tl.int64) * stride_xm + n, mask=n < N)
+    tl.store(y_ptr + place.to(tl.int64) * N + n, x, mask=n < N)
+
+
+@triton.jit
+def weigh_slots_kernel(
+    part_ptr,
+    places_ptr,
+    router_ptr,
+    y_ptr,
+    N,
+    stride_rt,
+    stride_rk,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The rows of a token's slots, weighted by the router and added in their order."""
+    start_dependent(PDL)
+    t = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for slot in tl.static_range(TOP):
+        place = tl.load(places_ptr + t * TOP + slot)
+        weight = tl.load(router_ptr + t.to(tl.int64) * stride_rt + slot * stride_rk).to(tl.float32)
+        part = tl.load(part_ptr + place.to(tl.int64) * N + n, mask=(n < N) & (place >= 0), other=0.0)
+        y += weight * part.to(tl.float32)
     tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

@@ -7,6 +7,8 @@ in a CUDA graph: there is room for as many tiles as there can be at most, and th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor, int32
@@ -14,8 +16,8 @@ from torch import Tensor, int32
 from .launch import empty, launch
 from .skinny_triton import overlaps, start_dependent
 
-CHUNK = 1024
 BLOCK = 256
+"""Pairs (token, slot) of one program of the sort."""
 
 
 @triton.jit
@@ -26,12 +28,37 @@ def _load_experts(index_ptr, at, P, E, stride_t, stride_k, TOP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P"])
+def _count_kernel(
+    index_ptr,
+    counts_ptr,
+    P,
+    E,
+    stride_t,
+    stride_k,
+    TOP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """How often each expert occurs in each block of pairs."""
+    start_dependent(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = _load_experts(index_ptr, at, P, E, stride_t, stride_k, TOP)
+    counts = counts_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    tl.store(counts, tl.histogram(e, EXPERTS, mask=e < E))
+
+
+@triton.jit(do_not_specialize=["P", "BLOCKS"])
 def _route_kernel(
     index_ptr,
+    counts_ptr,
     order_ptr,
+    places_ptr,
     tiles_ptr,
+    ends_ptr,
     P,  # pairs: tokens x slots
     E,
+    BLOCKS,
     MAX_TILES,
     stride_t,
     stride_k,
@@ -39,52 +66,58 @@ def _route_kernel(
     EXPERTS: tl.constexpr,  # power of two, E at least
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start_dependent(PDL)
-    block_start = tl.program_id(0) * BLOCK
-    # how often each expert occurs, in all and before this block
-    total = tl.zeros((EXPERTS,), dtype=tl.int32)
-    before = tl.zeros((EXPERTS,), dtype=tl.int32)
-    for start in range(0, P, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        e = _load_experts(index_ptr, at, P, E, stride_t, stride_k, TOP)
-        total += tl.histogram(e, EXPERTS, mask=e < E)
-        if start < block_start:
-            before += tl.histogram(e, EXPERTS, mask=(e < E) & (at < block_start))
-    experts = tl.arange(0, EXPERTS)
-    first = tl.cumsum(total, 0) - total
-    base = first + before
-    # the place of each pair of this block
-    row = block_start + tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    row = pid * BLOCK + tl.arange(0, BLOCK)
     mine = _load_experts(index_ptr, row, P, E, stride_t, stride_k, TOP)
+    # how often each expert occurs, in all and before this block
+    if BLOCKS == 1:
+        total = tl.histogram(mine, EXPERTS, mask=(mine < E) & (pid == 0))
+        if pid > 0:  # a program for tiles only
+            first_row = _load_experts(index_ptr, tl.arange(0, BLOCK), P, E, stride_t, stride_k, TOP)
+            total = tl.histogram(first_row, EXPERTS, mask=first_row < E)
+        before = tl.zeros((EXPERTS,), dtype=tl.int32)
+    else:
+        total = tl.zeros((EXPERTS,), dtype=tl.int32)
+        before = tl.zeros((EXPERTS,), dtype=tl.int32)
+        for start in range(0, BLOCKS, 32):
+            block = start + tl.arange(0, 32)
+            counts_ptrs = counts_ptr + block[:, None] * EXPERTS + tl.arange(0, EXPERTS)[None, :]
+            counts = tl.load(counts_ptrs, mask=(block < BLOCKS)[:, None], other=0)
+            total += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((block < pid)[:, None], counts, 0), axis=0)
+    experts = tl.arange(0, EXPERTS)
+    end = tl.cumsum(total, 0)
+    first = end - total
+    # the place of each pair of this block
     rank = tl.zeros((BLOCK,), dtype=tl.int32)
-    STEP: tl.constexpr = 64
     for step in tl.static_range(0, BLOCK, STEP):
-        other_row = block_start + step + tl.arange(0, STEP)
+        other_row = pid * BLOCK + step + tl.arange(0, STEP)
         other = _load_experts(index_ptr, other_row, P, E, stride_t, stride_k, TOP)
         same = (other[None, :] == mine[:, None]) & (other_row[None, :] < row[:, None])
         rank += tl.sum(same.to(tl.int32), axis=1)
-    place = tl.gather(base, tl.minimum(mine, EXPERTS - 1), 0) + rank
+    place = tl.gather(first + before, tl.minimum(mine, EXPERTS - 1), 0) + rank
     tl.store(order_ptr + place, row, mask=(row < P) & (mine < E))
+    tl.store(places_ptr + row, tl.where(mine < E, place, -1), mask=row < P)
+    if pid == 0:
+        tl.store(ends_ptr + experts, end, mask=experts < E)
     # the tiles: expert, first row, rows; no rows where there is no tile
-    if block_start == 0:
+    if pid * TILES < MAX_TILES:
         count = (total + BLOCK_T - 1) // BLOCK_T
         last_tile = tl.cumsum(count, 0)
-        for tile_start in range(0, MAX_TILES, TILES):
-            tile = tile_start + tl.arange(0, TILES)
-            e = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-            is_e = experts[None, :] == e[:, None]
-            nth = tile - tl.sum(tl.where(is_e, (last_tile - count)[None, :], 0), axis=1)
-            row_first = tl.sum(tl.where(is_e, first[None, :], 0), axis=1) + nth * BLOCK_T
-            row_last = tl.sum(tl.where(is_e, (first + total)[None, :], 0), axis=1)
-            rows = tl.where(e < E, tl.minimum(row_last - row_first, BLOCK_T), 0)
-            inside = tile < MAX_TILES
-            tl.store(tiles_ptr + 3 * tile, e, mask=inside)
-            tl.store(tiles_ptr + 3 * tile + 1, row_first, mask=inside)
-            tl.store(tiles_ptr + 3 * tile + 2, rows, mask=inside)
+        tile = pid * TILES + tl.arange(0, TILES)
+        e = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        here = tl.minimum(e, EXPERTS - 1)
+        row_first = tl.gather(first, here, 0) + (tile - tl.gather(last_tile - count, here, 0)) * BLOCK_T
+        rows = tl.where(e < E, tl.minimum(tl.gather(end, here, 0) - row_first, BLOCK_T), 0)
+        inside = tile < MAX_TILES
+        tl.store(tiles_ptr + 3 * tile, e, mask=inside)
+        tl.store(tiles_ptr + 3 * tile + 1, row_first, mask=inside)
+        tl.store(tiles_ptr + 3 * tile + 2, rows, mask=inside)
 
 
 def max_tiles(pairs: int, experts: int, block_t: int) -> int:
@@ -92,36 +125,74 @@ def max_tiles(pairs: int, experts: int, block_t: int) -> int:
     return min(pairs, pairs // block_t + experts)
 
 
-def route(index: Tensor, experts: int, block_t: int) -> tuple[Tensor, Tensor]:
-    """Pairs (token x slots + slot) by expert, stable, `[pairs]`, and the tiles `[max_tiles, 3]`; both int32.
+class Routes(NamedTuple):
+    """Pairs (token x slots + slot) by expert; all int32.
 
-    A tile is (expert, first row in the order, rows). Pairs that have no expert are left out, the end of the order is
-    then not written.
+    * order `[pairs]`: the pairs, stable. Those that have no expert are left out, the end is then not written.
+    * places `[pairs]`: where a pair is in the order, -1 for one that has no expert.
+    * tiles `[max_tiles, 3]`: expert, first row in the order, rows.
+    * ends `[experts]`: where the rows of each expert end.
     """
+
+    order: Tensor
+    places: Tensor
+    tiles: Tensor
+    ends: Tensor
+
+
+def route(index: Tensor, experts: int, block_t: int) -> Routes:
+    """The routes of `index [tokens, slots]`, in tiles of `block_t` rows."""
     tokens, top = index.shape
     pairs = tokens * top
     many = max_tiles(pairs, experts, block_t)
     order = empty((pairs,), int32, index.device)
+    places = empty((pairs,), int32, index.device)
     tiles = empty((many, 3), int32, index.device)
+    ends = empty((experts,), int32, index.device)
     width = max(16, triton.next_power_of_2(experts))
+    block = min(BLOCK, max(16, triton.next_power_of_2(pairs)))
+    blocks = triton.cdiv(pairs, block)
+    counts = order
+    if blocks > 1:
+        counts = empty((blocks, width), int32, index.device)
+        launch(
+            _count_kernel,
+            (blocks,),
+            index,
+            counts,
+            pairs,
+            experts,
+            index.stride(0),
+            index.stride(1),
+            TOP=top,
+            EXPERTS=width,
+            BLOCK=block,
+            **overlaps(index),
+            num_warps=4,
+        )
+    tiles_a_program = max(16, min(64, 4096 // width))
     launch(
         _route_kernel,
-        (triton.cdiv(pairs, BLOCK),),
+        (max(blocks, triton.cdiv(many, tiles_a_program)),),
         index,
+        counts,
         order,
+        places,
         tiles,
+        ends,
         pairs,
         experts,
+        blocks,
         many,
         index.stride(0),
         index.stride(1),
         TOP=top,
         EXPERTS=width,
         BLOCK_T=block_t,
-        BLOCK=BLOCK,
-        CHUNK=CHUNK,
-        TILES=max(1, min(64, 8192 // width)),
+        BLOCK=block,
+        STEP=min(64, block),
+        TILES=tiles_a_program,
         **overlaps(index),
-        num_warps=8,
+        num_warps=8 if block > 64 else 4,
     )
-    return order, tiles
+    return Routes(order, places, tiles, ends)

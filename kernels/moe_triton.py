@@ -204,6 +204,7 @@ def _run_pairs(call: _Call) -> None:
         call.router.stride(1),
         *second.strides(),
         TOP=top,
+        SLOTS=triton.next_power_of_2(top),
         HAS_BIAS=second.bias is not None,
         EVEN_K=second.k % config["BLOCK_K"] == 0,
         **overlaps(call.x),
@@ -218,7 +219,7 @@ def _run_grouped(call: _Call) -> None:
     memory = GroupedMemory(2 if call.epilogue["GATED"] else 1)
     config = choose("moe_grouped", call.features(first), memory, call.x.device)
     block_t = config["BLOCK_T"]
-    order, tiles = route(call.index, experts, block_t)
+    order, _, tiles, _ = route(call.index, experts, block_t)
     inner = empty((call.pairs, first.n), call.x.dtype, call.x.device)
     _grouped(call, True, config, call.x, order, tiles, inner)
     features = {**call.features(second), "BLOCK_T": block_t}
@@ -229,7 +230,7 @@ def _run_grouped(call: _Call) -> None:
     _grouped(call, False, config, inner, order, tiles, parts)
     launch(
         add_slots_kernel,
-        (triton.cdiv(second.n, 1024), tokens),
+        (tokens, triton.cdiv(second.n, 1024)),
         parts,
         call.index,
         call.y,

@@ -66,6 +66,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             linear_act_torch,
             linear_act_triton,
             linear_act_wgmma,
+            moe_torch,
             moe_triton,
             norm_linear_triton,
             qkv_rope_triton,
@@ -93,6 +94,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             qkv_rope_triton,
             norm_linear_triton,
             moe_triton,
+            moe_torch,
         ):
             for kernel in module.KERNELS:
                 found[kernel.op.name].append(kernel)

@@ -32,6 +32,13 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
     def tables(width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return randn(1, 37, width), randn(1, 37, width)
 
+    packed = randn(74, 6, 80), randn(74, 2, 80), randn(74, 2, 80)
+    pages, table = (randn(8, 16, 2, 80), randn(8, 16, 2, 80)), torch.randperm(8)[:6].int().cuda().view(2, 3)
+    table = torch.cat((table[:1], table))
+
+    def ends(*lengths: int) -> torch.Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+
     everything = {
         "mask": torch.rand(2, 1, 37, 37, device="cuda") > 0.3,
         "bias": torch.randn(1, 6, 37, 37, device="cuda"),
@@ -42,6 +49,15 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         "right": 0,
         "softcap": 4.0,
     }
+
+    def experts(tokens: int, top: int, count: int, width: int, inner: int) -> tuple[torch.Tensor, ...]:
+        index = torch.rand(tokens, count, device="cuda").topk(top).indices
+        weights = torch.rand(tokens, top, device="cuda")
+        given = randn(tokens, width), randn(count, 2 * inner, width), randn(count, width, inner)
+        biases = randn(count, 2 * inner), randn(count, width)
+        hidden, up, down, up_bias, down_bias = (t.bfloat16() for t in (*given, *biases))  # not in fp32
+        return hidden, index, weights, up, down, up_bias, down_bias
+
     return [
         ("rms_norm", (x, weight, 1e-6, 0.0, dtype, None), {}),
         ("add_rms_norm", (x, x, weight, 1e-6, 1.0, None, dtype), {}),
@@ -53,6 +69,15 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("attention", (q, k, v), everything),
         ("attention", (q[:, :, -1:], k, v), {"scale": 0.1, "right": 0}),
         ("attention", (q, k, randn(2, 2, 37, 17)), {"scale": 0.1}),
+        ("attention", (q, k, v), {"scale": 0.1, "right": 0}),
+        (
+            "attention",
+            (q, k, v),
+            {n: everything[n] for n in ("key_mask", "sinks", "scale", "left", "right", "softcap")},
+        ),
+        ("attention", (q[:, :, -1:], *(randn(2, 2, 777, 80) for _ in range(2))), {"scale": 0.1, "right": 0}),
+        ("varlen_attention", (*packed, ends(37, 1, 36), ends(37, 1, 36), 37, 37), {"scale": 0.1, "right": 0}),
+        ("varlen_attention", (packed[0], *pages, ends(37, 1, 36), ends(40, 3, 36), 37, 40, table), {"scale": 0.1}),
         ("activation", (x[..., ::2], "gelu_tanh"), {}),
         ("glu", (x[..., :33], x[..., 33:66], "silu"), {}),
         ("linear_act", (randn(67, 77), randn(131, 77), randn(131), "gelu"), {}),
@@ -60,6 +85,16 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("norm_linear", (*(t.bfloat16() for t in (x[0], weight, randn(131, 77), randn(131))), 1e-6), {}),  # not in fp32
         ("gate_up", (randn(67, 77), randn(2 * 71, 77), randn(2 * 71), "silu"), {}),
         ("gate_up", (randn(3, 5, 77), randn(2 * 71, 77), None, "silu"), {}),
+        # few rows that 16 bytes divide
+        ("linear_act", (randn(1, 264), randn(131, 264), randn(131), "gelu"), {}),
+        ("gate_up", (randn(1, 72), randn(2 * 71, 72), randn(2 * 71), "silu"), {}),
+        ("linear_act", (randn(5, 264), randn(131, 264), randn(131), "gelu"), {}),
+        ("linear_act", (randn(33, 72), randn(131, 72), None, "identity"), {}),
+        ("gate_up", (randn(3, 264), randn(2 * 71, 264), randn(2 * 71), "silu"), {}),
+        ("gate_up", (randn(40, 72), randn(2 * 71, 72), None, "silu"), {}),
+        ("moe_experts", experts(2, 2, 5, 72, 40), {}),
+        ("moe_experts", experts(37, 2, 5, 72, 40), {}),
+        ("moe_experts", experts(37, 3, 5, 33, 21), {"interleaved": True, "limit": 7.0, "alpha": 1.7, "up_offset": 1.0}),
         # sizes that TMA takes
         ("linear_act", (randn(141, 72), randn(264, 72), randn(264), "gelu"), {}),
         ("linear_act", (randn(141, 72), randn(72, 264).t(), None, "silu"), {}),

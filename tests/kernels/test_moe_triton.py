@@ -9,7 +9,7 @@ import torch
 from kernel_checks import assert_close, layout, on_devices, oracle
 from torch import Tensor
 
-from regraft.kernels import moe_routing_triton, moe_triton
+from regraft.kernels import moe_routing_triton, moe_torch, moe_triton
 from regraft.kernels.launch import INTERPRETED
 from regraft.kernels.moe import moe_experts
 
@@ -35,7 +35,15 @@ def check(*args: Any, **kwargs: Any) -> None:
 
 
 def experts(
-    tokens: int, top: int, count: int, width: int, inner: int, dtype: torch.dtype, device: str, biased: bool, **named: Any
+    tokens: int,
+    top: int,
+    count: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: str,
+    biased: bool,
+    **named: Any,
 ) -> tuple[Tensor | None, ...]:
     rows = 2 * inner if named.get("gated", True) else inner
 
@@ -51,19 +59,23 @@ def experts(
 
 
 @on_devices
-@pytest.mark.parametrize(
-    ("tokens", "top", "count"), [(1, 2, 8), (13, 2, 5), (300, 4, 60), (50, 1, 3), (2, 8, 8)]
-)
+@pytest.mark.parametrize(("tokens", "top", "count"), [(1, 2, 8), (13, 2, 5), (300, 4, 60), (50, 1, 3), (2, 8, 8)])
 @pytest.mark.parametrize("block", [8, 64])
 def test_rows_by_expert(tokens: int, top: int, count: int, block: int, device: str) -> None:
     index = torch.rand(tokens, count, device=device).topk(top, dim=-1).indices
     if tokens == 13:
         index[0, 0], index[1, 1] = count, -1
-    order, tiles = moe_routing_triton.route(index, count, block)
+    order, places, tiles, ends = moe_routing_triton.route(index, count, block)
     flat = index.flatten()
     valid = (flat >= 0) & (flat < count)
     wanted = torch.sort(torch.where(valid, flat, count), stable=True)[1][: int(valid.sum())]
     assert torch.equal(order[: len(wanted)].long(), wanted)
+    assert torch.equal(ends.long(), torch.bincount(flat[valid], minlength=count).cumsum(0))
+    assert torch.equal(
+        torch.where(valid, order[places.clamp(min=0).long()].long(), -1),
+        torch.where(valid, torch.arange(tokens * top, device=device), -1),
+    )
+    assert bool((places[~valid] == -1).all())
     times = torch.zeros(len(wanted), dtype=torch.int32)
     for e, first, rows in tiles.tolist():
         if rows > 0:
@@ -128,3 +140,26 @@ def test_each_configuration_on_the_gpu(tokens: int) -> None:
         for variant in ("silu", "gpt-oss"):
             named = VARIANTS[variant]
             check(*experts(tokens, top, count, width, inner, torch.bfloat16, "cuda", True, **named), **named)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_grouped_by_pytorch_on_the_gpu(gated: bool, transposed: bool) -> None:
+    named = {"kind": "gelu", "gated": gated, "transposed": transposed}
+    args = experts(70, 3, 6, 128, 96, torch.bfloat16, "cuda", False, **named)
+    assert args[1] is not None
+    args[1][3, 1], args[1][5] = 6, -1
+    (kernel,) = moe_torch.KERNELS
+    assert kernel.supports(moe_experts.signature(*args, **named)) is None
+    actual, reference = kernel.run(*args, **named), moe_experts.reference(*args, **named)
+    assert_close(actual, reference, oracle(moe_experts, *args, **named)[0])
+
+
+@on_devices
+def test_grouped_by_pytorch_refuses(device: str) -> None:
+    args = experts(3, 2, 4, 16, 8, torch.float16, device, True)
+    (kernel,) = moe_torch.KERNELS
+    assert "bfloat16" in (kernel.supports(moe_experts.signature(*args)) or "")
+    args = tuple(None if a is None else a.bfloat16() if a.is_floating_point() else a for a in args)
+    assert kernel.supports(moe_experts.signature(*args)) is not None

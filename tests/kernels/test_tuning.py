@@ -79,7 +79,11 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "norm_linear": {"M": 1, "N": 1, "K": 1},
         "linear_wgmma": dict.fromkeys(("M", "N", "K", "gated", "rope"), 1),
         "heads": {"rows": 1, "D": 64},
+        "moe_gemv": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
+        "moe_grouped": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
+        "moe_grouped_down": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k", "BLOCK_T"), 1),
         "gemv": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
+        "skinny_direct": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
         "skinny": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
