@@ -134,7 +134,7 @@ class Blueprint:
 
 def _write(part: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """What `part.update` does to an empty layer, without its copies and without waiting for the device."""
-    layer = part.layers[index] if index < len(part.layers) else None
+    layer: Any = part.layers[index] if index < len(part.layers) else None
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or type(keys) is not Tensor:
         part.update(keys, values, index)
         return
