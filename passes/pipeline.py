@@ -12,6 +12,7 @@ from . import (
     activation,
     add_norm,
     attention,
+    attention_scale,
     canonicalize,
     eager_attention,
     gate_up,
@@ -46,6 +47,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("activation", Stage.RAISE, activation.RULES),
     Pass("glu", Stage.RAISE, glu.RULES),
     Pass("attention", Stage.RAISE, (attention.SDPA(), *eager_attention.RULES, attention.RepeatKV())),
+    Pass("attention_scale", Stage.RAISE, run=attention_scale.attention_scale),
     Pass("masks", Stage.RAISE, run=masks.masks),
     Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),
     # semantic ops -> fused ops; candidates of all of them compete
