@@ -3,8 +3,7 @@
 
 One row of x is a sum of products (`_gemv_kernel`). For more, rows of the weight are the first operand of the tensor
 cores and rows of x the second, which may be 8 wide (`_skinny_kernel`); where that makes too few programs, several share
-the depth, or the warps of a program do. 2 to 8 rows go by `skinny_gluon` where the depth allows it. Epilogues are as in
-`linear_act_triton`, which also takes what does not fit here.
+the depth, or the warps of a program do. Epilogues are as in `linear_act_triton`, which also takes what does not fit here.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ from .launch import (
     rows_aligned,
 )
 from .op import Kernel, Signature
-from .skinny_gluon import MAX_ROWS as DIRECT_ROWS
-from .skinny_gluon import direct_kernel, direct_memory
 from .tuning import Config, choose
 
 MAX_ROWS: Final = 64
@@ -281,11 +278,6 @@ def overlaps(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
 
 
-def takes_direct(x: Tensor, m: int) -> bool:
-    """Whether so few rows can be multiplied without shared memory: Gluon is not interpreted."""
-    return not INTERPRETED and 2 <= m <= DIRECT_ROWS and x.element_size() == 2
-
-
 def fits(rows: Tensor, weight: Tensor) -> bool:
     """Whether the kernels here can read both in wide loads; fp32 only one row, since the tensor cores would round."""
     return (rows.shape[0] == 1 or rows.element_size() == 2) and rows_aligned(rows) and rows_aligned(weight)
@@ -323,30 +315,6 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
                 STAGES=config.num_stages,
                 **overlaps(x),
                 **config.launch,
-            )
-            return y
-        direct = choose("skinny_direct", features, direct_memory, x.device) if takes_direct(x, m) else None
-        if direct is not None and k % (direct["DEPTH"] * direct.num_warps) == 0:
-            launch(
-                direct_kernel,
-                (triton.cdiv(n, direct["BLOCK_N"]),),
-                rows,
-                weight,
-                given_bias,
-                y,
-                m,
-                n,
-                k,
-                rows.stride(0),
-                weight.stride(0),
-                stride_b,
-                n * weight.stride(0),
-                **epilogue,
-                **overlaps(x),
-                BLOCK_N=direct["BLOCK_N"],
-                DEPTH=direct["DEPTH"],
-                WARPS=direct.num_warps,
-                num_warps=direct.num_warps,
             )
             return y
         block_t = block_of_rows(m)

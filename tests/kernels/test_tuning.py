@@ -83,7 +83,6 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "moe_grouped": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
         "moe_grouped_down": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k", "BLOCK_T"), 1),
         "gemv": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
-        "skinny_direct": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
         "skinny": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())
