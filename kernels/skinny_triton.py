@@ -3,7 +3,7 @@
 
 One row of x is a sum of products (`_gemv_kernel`). For more, rows of the weight are the first operand of the tensor
 cores and rows of x the second, which may be 8 wide (`_skinny_kernel`); where that makes too few programs, several share
-the depth, or the warps of a program do. Epilogues are as in `linear_act_triton`, which also takes what does not fit here.
+the depth, or the warps of a program do. Epilogues as in `linear_act_triton`, which also takes what does not fit here.
 """
 
 from __future__ import annotations
