@@ -27,12 +27,8 @@ from .op import Kernel, Signature
 from .rms_norm_triton import MAX_WIDTH, row_offsets
 from .tuning import RowMemory, choose
 
-_ONE_PASS = True
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+EARLY: Final = 32
+"""Elements of the weight that a thread can hold, while the sums are taken, without running out of registers."""
 
 
 @triton.jit(do_not_specialize=["R", "N1", "N2"])
@@ -70,7 +66,7 @@ def _layer_norm_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
-    ONE_PASS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -86,29 +82,19 @@ def _layer_norm_kernel(
         s_rows = row_offsets(rows, N1, N2, stride_s0, stride_s1, stride_s2)
         tl.store(s_ptr + s_rows[:, None] + cols[None, :] * stride_sd, total, mask=inside)
         x = total.to(tl.float32)
-    if HAS_WEIGHT:  # read before the sums, which wait for all of the row
-        w = tl.load(w_ptr + cols * stride_w, mask=cols < D, other=0.0)
-    if HAS_BIAS:
-        b = tl.load(b_ptr + cols * stride_b, mask=cols < D, other=0.0)
-    if ONE_PASS:
-        # both sums at once, of what lies from the row's first element; again in two passes where that lost digits
-        first = tl.load(x_ptr + x_rows, mask=rows < R, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            first += tl.load(r_ptr + r_rows, mask=rows < R, other=0.0).to(tl.float32)
-        moved = tl.where(inside, x - first[:, None], 0.0)
-        total_1, total_2 = tl.reduce((moved, moved * moved), 1, _add_pairs)
-        mean = total_1 / D  # [BLOCK_R]
-        square = total_2 / D
-        variance = square - mean * mean
-        mean += first
-        if tl.min(tl.where(variance < 1e-3 * square, 0, 1), axis=0) == 0:
-            centred = tl.where(inside, x - mean[:, None], 0.0)
-            variance = tl.sum(centred * centred, axis=1) / D
-        y = (x - mean[:, None]) * tl.rsqrt(variance + eps)[:, None]
-    else:
-        mean = tl.sum(x, axis=1) / D  # [BLOCK_R]
-        centred = tl.where(inside, x - mean[:, None], 0.0)
-        y = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
+    if EARLY:  # before the sums, which wait for all of the row
+        if HAS_WEIGHT:
+            w = tl.load(w_ptr + cols * stride_w, mask=cols < D, other=0.0)
+        if HAS_BIAS:
+            b = tl.load(b_ptr + cols * stride_b, mask=cols < D, other=0.0)
+    mean = tl.sum(x, axis=1) / D  # [BLOCK_R]
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    y = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
+    if not EARLY:
+        if HAS_WEIGHT:
+            w = tl.load(w_ptr + cols * stride_w, mask=cols < D, other=0.0)
+        if HAS_BIAS:
+            b = tl.load(b_ptr + cols * stride_b, mask=cols < D, other=0.0)
     if HAS_WEIGHT:
         y *= w.to(tl.float32)[None, :]
     if HAS_BIAS:
@@ -160,7 +146,7 @@ def _run(
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             SUM_DTYPE=TL_DTYPES[sum_dtype],
-            ONE_PASS=sum_dtype.itemsize == 2 and _ONE_PASS,
+            EARLY=block <= 32 * config.num_warps * EARLY,
             BLOCK_D=block,
             **config.launch,
         )

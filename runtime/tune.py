@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -181,6 +183,10 @@ class _Trial:
 
     def try_all(self, configs: Sequence[Config]) -> list[Config]:
         """Those that run; compiled in parallel, until there is no time left."""
+        with quiet():
+            return self._try_all(configs)
+
+    def _try_all(self, configs: Sequence[Config]) -> list[Config]:
         pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
         started = {pool.submit(self.add, c): c for c in configs}
         wait(started, timeout=max(0.0, self._until - time.monotonic()))
@@ -286,6 +292,21 @@ def copied(value: Any) -> Any:
     once = tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())
     made[once].copy_(value[once])
     return made
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what compilers write to standard error, pages for each candidate that does not compile, off the screen."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,10 @@ def test_the_report_says_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) 
     (note,) = Report(Record("Model", device="cuda:0")).notes
     assert "linear, rope" in note.message and "regraft tune" in note.message
     assert not Report(Record("Model", device="cpu")).notes
+
+
+def test_compilers_are_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    with module.quiet():
+        os.write(2, b"a page of intermediate code\n")
+    os.write(2, b"an error\n")
+    assert capfd.readouterr().err == "an error\n"
