@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
+from ..kernels.qkv_rope import qkv_rope
 from .cost import called_op
 from .opset import CASTS, Role, arguments, role_of
 from .program import Program
@@ -27,6 +28,8 @@ aten = torch.ops.aten
 
 NORMS: Final = frozenset(["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_rope"])
 NORM_LINEAR: Final = frozenset(["norm_linear"])
+QKV_ROPE: Final = qkv_rope.name
+"""The projection to q, k and v with both rotations and, where it has them, both norms."""
 ATTENTION: Final = frozenset(["attention"])
 ROPES: Final = frozenset(["rope", "norm_rope"])
 LINEARS: Final = frozenset([aten.linear.default, aten.addmm.default, aten.mm.default])
@@ -77,9 +80,17 @@ def expectations(
     made = [
         _attention(nodes, config, model),
         _kind(
-            "norm", _ops(nodes, NORMS | NORM_LINEAR), [n for n in nodes if _is_norm_left(n)], "a norm left as it was"
+            "norm",
+            [*_ops(nodes, NORMS | NORM_LINEAR), *_heads(nodes, normalised=True)],
+            [n for n in nodes if _is_norm_left(n)],
+            "a norm left as it was",
         ),
-        _kind("rope", _ops(nodes, ROPES), [n for n in nodes if _is_rotation_left(n)], "a rotation left as it was"),
+        _kind(
+            "rope",
+            [*_ops(nodes, ROPES), *_heads(nodes, normalised=False)],
+            [n for n in nodes if _is_rotation_left(n)],
+            "a rotation left as it was",
+        ),
         _siblings("qkv", _ops(nodes, ATTENTION), ("q", "k", "v")),
         _siblings("gate_up", _ops(nodes, frozenset(["glu", "gate_up"])), ("gate", "up")),
     ]
@@ -106,6 +117,13 @@ def _number(config: Any, name: str) -> int:
 
 def _ops(nodes: Iterable[fx.Node], names: frozenset[str]) -> list[fx.Node]:
     return [n for n in nodes if (op := called_op(n.target)) is not None and op.name in names]
+
+
+def _heads(nodes: Iterable[fx.Node], *, normalised: bool) -> list[fx.Node]:
+    """Fused projections, each once for q and once for k; with `normalised` those that have norms."""
+    fused = _ops(nodes, frozenset([QKV_ROPE]))
+    place = [a.name for a in qkv_rope.overload._schema.arguments].index("norm")  # also of the kernels' arguments
+    return [n for n in fused for _ in range(2) if not normalised or n.args[place]]
 
 
 def _kind(what: str, found: list[fx.Node], left: list[fx.Node], why: str) -> Expectation:
@@ -274,7 +292,7 @@ def _linears(value: Any) -> set[fx.Node]:
             continue
         seen.add(node)
         op = called_op(node.target)
-        if node.target in LINEARS or (op is not None and op.name in NORM_LINEAR):
+        if node.target in LINEARS or (op is not None and op.name in NORM_LINEAR | {QKV_ROPE}):
             found.add(node)
             continue
         passes_on = role_of(node) in (Role.VIEW, Role.CAST) or node.target in (operator.getitem, aten.cat.default)
