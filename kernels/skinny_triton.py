@@ -257,14 +257,15 @@ class SkinnyMemory:
 
 @dataclass(frozen=True)
 class GemvMemory:
-    """Shared memory of one program: what a loop with stages keeps, and the sums over warps."""
+    """Shared memory of one program: what a loop with stages keeps, x on its way to its threads, the sums over warps."""
 
     itemsize: int
     weights: int
 
     def __call__(self, config: Config) -> int:
         tile = config["BLOCK_K"] * (1 + self.weights * config["ROWS"]) * self.itemsize
-        return (config.num_stages * tile if config.num_stages > 1 else 0) + config["ROWS"] * 128 + 1024
+        staged = config.num_stages * tile if config.num_stages > 1 else config["BLOCK_K"] * self.itemsize
+        return staged + config["ROWS"] * 128 + 1024
 
 
 def block_of_rows(m: int) -> int:
