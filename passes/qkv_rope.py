@@ -30,18 +30,16 @@ class QKVRope(Rule):
     def pattern(self, p: Builder, x: Any, cos: Any, sin: Any) -> Any:
         y = p.linear(x, p.arg("weight"), p.arg("bias"))
         # the dimension of heads is put in right before the rotation, behind the views of v
-        tables = [
-            p.any(p.unsqueeze(table, p.arg(f"{name}_dim")), table, tag=f"{name}_form")
-            for name, table in (("cos", cos), ("sin", sin))
-        ]
-        q, k = self._turned(p, y, *tables, "q"), self._turned(p, y, *tables, "k")
+        cos = p.any(p.unsqueeze(cos, p.arg("cos_dim")), cos, tag="cos_form")
+        sin = p.any(p.unsqueeze(sin, p.arg("sin_dim")), sin, tag="sin_form")
+        q, k = self._turned(p, y, cos, sin, "q"), self._turned(p, y, cos, sin, "k")
         return q, k, p.slice(y, -1, p.arg("v_start"), p.arg("v_end"))
 
     @staticmethod
     def _turned(p: Builder, y: Any, cos: Any, sin: Any, of: str) -> Any:
-        heads = p.view(p.slice(y, -1, p.arg(f"{of}_start"), p.arg(f"{of}_end")), f"{of}_sizes")
-        moved = p.transpose(heads, p.arg(f"{of}_dim0"), p.arg(f"{of}_dim1"))
-        heads = p.any(moved, heads, tag=f"{of}_in_place")
+        view = p.view(p.slice(y, -1, p.arg(f"{of}_start"), p.arg(f"{of}_end")), f"{of}_sizes")
+        moved = p.transpose(view, p.arg(f"{of}_dim0"), p.arg(f"{of}_dim1"))
+        heads = p.any(moved, view, tag=f"{of}_in_place")
         norm = [p.arg(f"{of}_{name}") for name in ("weight", "eps", "offset", "mid_dtype", "out_dtype")]
         layout, compute_dtype = p.arg("layout"), p.arg("compute_dtype")
         return p.any(
