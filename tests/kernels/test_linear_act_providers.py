@@ -110,6 +110,17 @@ def test_plans_repeat_the_launches() -> None:
                 assert torch.equal(bound(x, weight, bias, "silu"), expected)
 
 
+@pytest.mark.parametrize(("width", "helpers", "stages"), [(256, 8, 3), (64, 2, 3), (256, 2, 1)])
+def test_configurations_that_the_kernel_has_not(
+    width: int, helpers: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config((("BLOCK_N", width), ("GROUP_M", 4), ("HELPERS", helpers)), 4, stages)
+    monkeypatch.setattr(linear_act_wgmma, "choose", lambda *args: config)
+    x, weight, _ = linear(16, 16, 16, torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="no configuration"):
+        linear_act_wgmma.multiply(x, weight, None, torch.empty_like(x), "relu", False)
+
+
 @on_devices
 def test_wgmma_refuses(device: str) -> None:
     x, weight, bias = linear(9, 16, 24, torch.float32, device)
