@@ -120,6 +120,9 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str], functional:
     if target is aten.einsum.default:
         _to_matmul(graph, node, removed)
         return
+    if target is aten.cat.default and functional:
+        _without_empty_parts(graph, node, removed)
+        return
     if not node.args or not isinstance(node.args[0], fx.Node):
         return
     source = node.args[0]
@@ -137,6 +140,23 @@ def _simplify(graph: fx.Graph, node: fx.Node, removed: Counter[str], functional:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         removed[kind] += 1
+
+
+def _without_empty_parts(graph: fx.Graph, node: fx.Node, removed: Counter[str]) -> None:
+    """cat([a, b[..., n:]]) where nothing is left of b: a itself."""
+    result, parts = node.meta["val"], node.args[0]
+    assert isinstance(parts, list | tuple)
+    dim = int(_argument(node, 1, "dim", 0)) % max(result.dim(), 1)
+    values = [p.meta["val"] for p in parts if isinstance(p, fx.Node)]
+    if len(values) < len(parts) or any(v.dtype != result.dtype or v.dim() != result.dim() for v in values):
+        return
+    kept = [p for p, v in zip(parts, values) if not _is_number(v.shape[dim], 0)]
+    if kept and len(kept) < len(parts):
+        removed["empty part"] += len(parts) - len(kept)
+        node.args = (kept, *node.args[1:])
+        if len(kept) == 1:
+            node.replace_all_uses_with(kept[0])
+            graph.erase_node(node)
 
 
 def _to_cast(node: fx.Node) -> None:

@@ -58,6 +58,8 @@ X = torch.randn(3, 5, 8)
         (lambda x: (torch.dropout(x, 0.3, False).clone().exp(),), ["exp.default"]),
         (lambda x: (x[:, :, :].expand(x.shape).exp(),), ["exp.default"]),
         (lambda x: (x.transpose(1, 2).transpose(2, 1).exp(),), ["exp.default"]),
+        (lambda x: (torch.cat((x.sin(), x[..., 8:]), dim=-1).exp(),), ["sin.default", "exp.default"]),
+        (lambda x: (torch.cat((x, x[..., 8:], x), dim=2),), ["cat.default"]),
         (lambda x: (x.permute(0, 2, 1).exp(),), ["transpose.int", "exp.default"]),
         (lambda x: (x.flatten(0, 1).unflatten(0, (-1, x.shape[1])).exp(),), ["exp.default"]),
         (lambda x: (x.view(-1, 8).view(-1, 4, 2).exp(),), ["reshape.default", "exp.default"]),
