@@ -234,18 +234,17 @@ class _Writer:
 
     def _descriptor(self, value: _Descriptor) -> str:
         """Remembered by address: weights stay where they are, and the allocator hands out the same blocks again."""
-        given = value.given
+        kind, dtype = type(value.given), value.given.base.dtype
+        rest = {name: field for name, field in value.given.__dict__.items() if name != "base"}  # a plan keeps no tensor
         known: dict[int, Any] = {}
-        dtype = given.base.dtype
 
         def made(address: int) -> Any:
             found = known.get(address)
             if found is None:
                 if len(known) >= 64:
                     known.clear()
-                base = _At(address, dtype)
-                found = known[address] = object.__new__(type(given))
-                found.__dict__.update(given.__dict__, base=base)
+                found = known[address] = object.__new__(kind)
+                found.__dict__.update(rest, base=_At(address, dtype))
             return found
 
         return f"{self.name('descriptor', made)}({value.base.source()})"

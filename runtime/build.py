@@ -177,7 +177,7 @@ class Builder:
         if not tried.certificate.passed:
             log.warning("%s: %s; looking for the rewrite", entry.arguments, tried.certificate.reason)
             with timed(entry.seconds, "certificate"):
-                note = certifier.check_capture(Executable(program, self.weights))
+                note = certifier.check_capture(Executable(program, self.weights).directly)
             if note is not None:
                 entry.notes.append(note)
                 tried = attempt(self.options.verify, frozenset(), True)
@@ -197,7 +197,7 @@ class Builder:
         if not tried.certificate.passed:
             raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
         self._pack(tried.candidate, entry)
-        kinds = caches.kinds_of_output(tried.candidate(program.example)) if call.cache else None
+        kinds = caches.kinds_of_output(tried.candidate.directly(program.example)) if call.cache else None
         return Served(
             tried.candidate,
             self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)),
@@ -278,7 +278,7 @@ class Builder:
                 return Attempt(executable, compiled.passes, Certificate(True))
             self._pack(executable, entry)
             with timed(entry.seconds, "certificate"):
-                return Attempt(executable, compiled.passes, certifier.measure(executable))
+                return Attempt(executable, compiled.passes, certifier.measure(executable.directly))
 
         return attempt
 

@@ -50,7 +50,7 @@ class Executable:
         """Pack what the program wants packed."""
         self._weights.pack(self.recipes)
 
-    def flat(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+    def flat(self, tensors: Mapping[str, torch.Tensor], *, directly: bool = False) -> Any:
         """The graph's flat tuple of outputs."""
         packs = self._weights.packs
         values = [tensors[name] for name in self.arguments]
@@ -58,9 +58,13 @@ class Executable:
         values += self._constants
         values += [packs[key].value for key in self._packs]
         with torch.no_grad():
-            if self.graphs is not None:
+            if self.graphs is not None and not directly:
                 return self.graphs(values, self._weights.version)
             return self._arranged(*values)
+
+    def directly(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """As a call, without a CUDA graph and without counting its shapes."""
+        return self.program.rebuild(self.flat(tensors, directly=True))
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """What the model's forward would return, without autograd."""
