@@ -62,8 +62,7 @@ def _steps(x: Tensor, paged: bool) -> tuple[int, ...]:
     return (x.stride(0) if paged else 0, x.stride(-2), x.stride(-3), x.stride(-1))
 
 
-def supports(signature: Signature) -> str | None:
-    """Why the kernel cannot take the call, or `None`."""
+def _supports(signature: Signature) -> str | None:
     integers = ("cu_seqlens_q", "cu_seqlens_k", "block_table")
     return (
         refuse_tensors(signature, ("q", "k", "v", "sinks"), integers)
@@ -100,4 +99,4 @@ def _refuse_sizes(signature: Signature) -> str | None:
     return refuse_vector(signature, "sinks", heads)
 
 
-KERNELS: Final = (Kernel(ops.varlen_attention, "triton", varlen_attention, supports),)
+KERNELS: Final = (Kernel(ops.varlen_attention, "triton", varlen_attention, _supports),)

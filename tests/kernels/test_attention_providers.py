@@ -13,7 +13,6 @@ from regraft.kernels import attention_gluon, attention_triton
 from regraft.kernels.attention import attention
 from regraft.kernels.op import Kernel
 from regraft.kernels.table import PROVIDERS
-from regraft.kernels.varlen_attention import varlen_attention
 
 HALVES = [torch.float16, torch.bfloat16]
 KERNELS = {kernel.provider: kernel for kernel in PROVIDERS.get("attention", ())}
@@ -126,25 +125,6 @@ def test_gluon_keeps_nan_and_infinity_where_they_are() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (80, 80), (128, 128), (192, 128)])
-def test_gluon_packed(width: int, value_width: int, dtype: torch.dtype) -> None:
-    """Sequences shorter than a tile and longer, without queries, with fewer keys than queries; sinks and a window."""
-    queries, keys = [300, 0, 1, 129, 64, 500], [300, 5, 40, 129, 700, 77]
-    q = torch.randn(sum(queries), 8, width, device="cuda").to(dtype)
-    kv = torch.randn(sum(keys), 2, width + value_width, device="cuda").to(dtype)
-    k, v = kv.split((width, value_width), dim=-1)
-    ends = [torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (queries, keys)]
-    kernel = next(kernel for kernel in PROVIDERS["varlen_attention"] if kernel.provider == "gluon")
-    for named in ({}, {"right": 0}, {"left": 100, "right": 0, "sinks": torch.randn(8, device="cuda")}):
-        args = (q, k, v, *ends, 500, 700)
-        named["scale"] = width**-0.5
-        assert kernel.supports(varlen_attention.signature(*args, **named)) is None
-        actual, reference = kernel.run(*args, **named), varlen_attention.reference(*args, **named)
-        assert_close(actual, reference, oracle(varlen_attention, *args, **named)[0])
-
-
-@pytest.mark.gpu
 def test_gluon_refuses() -> None:
     q, k, v = qkv(1, 4, 2, 30, 30, 64, 64, torch.bfloat16)
     supports = KERNELS["gluon"].supports
@@ -198,13 +178,6 @@ def test_tiles_fit_in_shared_memory_and_registers() -> None:
         assert width <= whole < 2 * width
         assert 2 * whole * (slots * 128 + stages * 2 * keys) < 232_448
         assert whole // 2 + keys // 2 + keys // 4 < 232
-
-
-def test_sections_divide_the_heads() -> None:
-    assert attention_gluon._section(384, 95) == 64
-    assert attention_gluon._section(384, 1000) == 384
-    assert attention_gluon._section(64, 6) == 4
-    assert attention_gluon._section(13, 6) == 13  # a prime: one by one would leave most of the chip idle
 
 
 def test_head_dimensions_in_parts() -> None:

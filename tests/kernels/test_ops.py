@@ -135,7 +135,8 @@ class Block(torch.nn.Module):
         y, s = add_layer_norm(gate_up(y, self.qkv.weight, None, "silu"), s, None, None, 1e-5)
         y = norm_linear(y, None, self.qkv.weight[:, :64], self.qkv.bias, 1e-6)
         tables = (angle[0].cos(), angle[0].sin())
-        turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *(None,) * 2, 4, 2, 16, False, 0.0, 0.0, *self.rest)
+        sizes = (None, None, 4, 2, 16, False, 0.0, 0.0)
+        turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *sizes, *self.rest)
         return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(s, s, "relu") + turned[..., 60:124]
 
 

@@ -60,7 +60,10 @@ def count(compiled: Compiled, name: str) -> int:
     return sum(op is not None and op.name == name for op in ops)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "phi"])
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "phi")
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_it_fires_in_every_layer_and_computes_the_same(name: str) -> None:
     model, tensors = built(name)
     weight = weights(model)
