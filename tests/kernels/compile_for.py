@@ -40,6 +40,7 @@ class NoDevice:
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
+    attention_triton._multiprocessors = lambda device: 1  # keys are not divided
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -51,7 +52,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
 
     def record(case: str, estimate: tuning.SharedMemory) -> None:
         kernel, kwargs = launched.pop()
-        blocks = tuple((name, value) for name, value in kwargs.items() if name.startswith(("BLOCK_", "GROUP_")))
+        sizes = ((name, value) for name, value in kwargs.items() if name.startswith(("BLOCK_", "GROUP_")))
+        blocks = tuple((name, value) for name, value in sizes if value)
         config = tuning.Config(blocks, kwargs["num_warps"], kwargs["num_stages"])
         shared, wgmma = kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]
         rows.append({"case": case, "shared": shared, "estimate": estimate(config), "wgmma": wgmma})

@@ -220,6 +220,23 @@ def test_triton_groups(heads: int, kv_heads: int, dtype: torch.dtype, device: st
 
 @on_devices
 @in_dtypes
+@pytest.mark.parametrize("name", ["causal", "sinks", "everything", "bias", "padding"])
+def test_triton_divides_the_keys_of_few_queries(name: str, dtype: torch.dtype, device: str) -> None:
+    """A decode step over a long cache, and a few tokens at once: parts of the keys are put together at the end."""
+    for queries, keys in [(1, 700), (7, 533)]:
+        q, k, v = qkv(2, 4, 2, queries, keys, 16, 24, dtype, device)
+        check_kernel(attention, q, k, v, scale=0.25, ulps=8, **options(name, 4, queries, keys, device))
+
+
+def test_as_many_splits_as_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_triton, "_multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    assert [attention_triton.splits_of(n, 8192, device) for n in (8, 64, 132, 133, 1000)] == [33, 4, 2, 1, 1]
+    assert [attention_triton.splits_of(8, keys, device) for keys in (1, 64, 128, 1000)] == [1, 1, 2, 15]
+
+
+@on_devices
+@in_dtypes
 def test_triton_strides(dtype: torch.dtype, device: str) -> None:
     """Last dimension not contiguous, keys and values expanded over the batch, queries contiguous heads first."""
     q = torch.randn(2, 2, 24, 19, device=device).to(dtype).transpose(2, 3)
@@ -293,13 +310,17 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing() -> None:
+    """Heads packed into small and larger tiles, one head a tile, keys divided: each is compiled once."""
     cache = attention_triton.attention_kernel.device_caches[0][0]
-    seen = set()
-    for queries, keys in [(1, 33), (1, 64), (17, 17), (64, 64), (31, 80), (16, 1600)]:
-        q, k, v = qkv(2, 4, 2, queries, keys, 48, 48, torch.float16, "cuda")
-        check_kernel(attention, q, k, v, scale=0.2, right=0)
-        seen.add(len(cache))
-    assert max(seen) - min(seen) <= 1  # few queries have a configuration of their own
+
+    def compiled(sizes: list[tuple[int, int]]) -> int:
+        for queries, keys in sizes:
+            q, k, v = qkv(2, 4, 2, queries, keys, 48, 48, torch.float16, "cuda")
+            check_kernel(attention, q, k, v, scale=0.2, right=0, ulps=8)
+        return len(cache)
+
+    before = compiled([(1, 33), (20, 80), (64, 64), (16, 1600)])
+    assert compiled([(5, 60), (31, 90), (70, 117), (25, 1700)]) == before
 
 
 @on_devices
