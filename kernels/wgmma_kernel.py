@@ -307,7 +307,7 @@ def _turn_heads(
             gl.store(y_rows + out + HALF, y2, mask=inside & (out + HALF < N))
 
 
-@gluon.jit(do_not_specialize=["M", "length"])
+@gluon.jit
 def linear_kernel(
     x_desc, w_desc, y_ptr, b_ptr, M, N, K,
     cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, length, cos_b, cos_s, sin_b, sin_s, q_end, k_end, eps, offset,
