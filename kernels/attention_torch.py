@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import attention as ops
-from .launch import compute_capability
+from . import attention_triton
+from .launch import compute_capability, rows_aligned
 from .op import Kernel, Signature
 
 _DTYPES: Final = (torch.float16, torch.bfloat16)
@@ -42,7 +43,10 @@ def _attention(backend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         right: int = -1,
         softcap: float = 0.0,
     ) -> Tensor:
-        """As the op `attention`."""
+        """As the op `attention`; by our own kernel for sizes that PyTorch's cannot take."""
+        shifted = right == 0 and q.shape[2] != k.shape[2]
+        if 0 in (q.shape[0], q.shape[2], k.shape[2]) or shifted or not all(map(rows_aligned, (q, k, v))):
+            return attention_triton.attention(q, k, v, scale=scale, right=right)
         return backend(q, k, v, right == 0, scale).transpose(1, 2).contiguous()
 
     return attention
@@ -67,16 +71,16 @@ def _supports(signature: Signature) -> str | None:
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads is None or kv_heads is None or heads % kv_heads or v.shape[1] != kv_heads:
         return f"{heads} heads on {kv_heads} key and {v.shape[1]} value heads"
-    if None in (q.shape[2], k.shape[2], q.shape[0]) or 0 in (q.shape[2], k.shape[2], q.shape[0]):
-        return "sizes that are not known, or nothing to compute"
+    if 0 in (q.shape[2], k.shape[2], q.shape[0]):
+        return "there is nothing to compute"
     return _refuse_window(signature, q.shape[2], k.shape[2])
 
 
-def _refuse_window(signature: Signature, queries: int, keys: int) -> str | None:
+def _refuse_window(signature: Signature, queries: int | None, keys: int | None) -> str | None:
     left, right = signature["left"], signature["right"]
     if left >= 0 or right > 0:
         return "it has no window"
-    if right == 0 and queries != keys:
+    if right == 0 and queries != keys and None not in (queries, keys):
         return f"{queries} causal queries on {keys} keys; its alignment is right only for as many"
     return None
 

@@ -64,14 +64,15 @@ def multiply(
     m, k = x.shape
     transposed = weight.stride(1) != 1
     matrix = weight.t() if transposed else weight
-    features = {"M": m, "N": weight.shape[0], "K": k, "gated": int(gated), "rope": int(rope is not None)}
+    features = {"M": m, "N": weight.shape[0], "K": k, "gated": int(gated)}
+    features["rope"] = 0 if rope is None else rope.traits[0]  # the width of a head
     config = choose("linear_wgmma", features, WgmmaMemory(), x.device)
     block_n, helpers = config["BLOCK_N"], config["HELPERS"]
     # with one stage, the loading warp would wait for a buffer that is given back once the next one is read
     if helpers not in (2, 4) or block_n not in (128, 256) or config.num_stages < 2:
-        raise ValueError(f"linear_wgmma has no configuration {config.launch}")
+        raise LookupError(f"linear_wgmma has no configuration {config.launch}")
     if rope is not None and block_n < rope.traits[0]:
-        raise ValueError(f"tiles of {block_n} columns do not hold heads of {rope.traits[0]}")
+        raise LookupError(f"tiles of {block_n} columns do not hold heads of {rope.traits[0]}")
     out_n = block_n // 2 if gated else block_n
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     x_block, w_block = [BLOCK_M // 2, BLOCK_K], [BLOCK_K, out_n] if transposed else [out_n, BLOCK_K]

@@ -225,7 +225,7 @@ def _run_grouped(call: _Call) -> None:
     features = {**call.features(second), "BLOCK_T": block_t}
     config = choose("moe_grouped_down", features, GroupedMemory(1), call.x.device)
     if config["BLOCK_T"] != block_t:
-        raise ValueError(f"the products have tiles of {block_t} and {config['BLOCK_T']} rows")
+        raise LookupError(f"the products have tiles of {block_t} and {config['BLOCK_T']} rows")
     parts = empty((call.pairs, second.n), call.x.dtype, call.x.device)
     _grouped(call, False, config, inner, order, tiles, parts)
     launch(

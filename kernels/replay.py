@@ -9,6 +9,7 @@ the new tensors' addresses by a few lines of generated Python.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -179,7 +180,6 @@ class _Writer:
             "make": torch.empty_strided,
             "device": torch.device("cuda", self.index),
             "raw_stream": triton.runtime.driver.active.get_current_stream,
-            "hooks": triton.knobs.runtime,
         }
 
     def name(self, prefix: str, value: Any) -> str:
@@ -207,7 +207,7 @@ class _Writer:
             packed = self.name("packed", compiled.packed_metadata)
             passed = ", ".join(map(self._argument, values))
             head = f"{x}, {y}, {z}, stream, {function}, {packed}"
-            lines.append(f"    {run}({head}, None, hooks.launch_enter_hook, hooks.launch_exit_hook, {passed})")
+            lines.append(f"    {run}({head}, None, None, None, {passed})")
         results = [self._result(a, t) for a, t in returned]
         lines.append("    return " + (results[0] if single else "(" + ", ".join(results) + ",)"))
         exec("\n".join(lines), self.names)
@@ -293,6 +293,12 @@ def key_of(args: tuple[Any, ...]) -> Key:
             key.append(value)
     key.append(None if len(set(pointers)) < len(pointers) else 1)
     return tuple(key)
+
+
+def observed() -> bool:
+    """Whether a profiler wants to see every launch: plans, which tell nobody, are not used then."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.launch_enter_hook.calls)
 
 
 def record(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Plan | None]:

@@ -132,15 +132,28 @@ def _choose(
     known = dict(features)
     if file != DEFAULT:
         mine = tuning_cache.entries(file).get(kernel, {})
+        shipped = select_config(kernel, known, shared_memory, file=file, limit=limit)
+
+        def fits(config: Config | None) -> bool:
+            """Not from a file of another version of the kernel, and not too large."""
+            same = config is not None and shipped is not None and config.launch.keys() == shipped.launch.keys()
+            return same and config is not None and (limit is None or shared_memory(config) <= limit)
+
         exact = mine.get(tuning_cache.bucket(known))
-        if exact is not None and (limit is None or shared_memory(exact) <= limit):
+        if fits(exact):
             return exact
         if not _measured(kernel, known, file):
             _say_untuned(kernel, known, file)
             near = tuning_cache.nearest(mine, known)
-            if near is not None and (limit is None or shared_memory(near) <= limit):
+            if fits(near):
                 return near
     return select_config(kernel, known, shared_memory, file=file, limit=limit)
+
+
+def use_cache(folder: Path | None) -> None:
+    """Look for what was measured on this machine in this folder from now on; None for the default one."""
+    tuning_cache.use(folder)
+    _choose.cache_clear()
 
 
 def _measured(kernel: str, features: Mapping[str, int], file: str) -> bool:

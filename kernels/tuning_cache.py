@@ -99,12 +99,17 @@ def nearest(mine: Mapping[Bucket, Config], features: Features) -> Config | None:
     best: tuple[float, Config] | None = None
     for other, config in mine.items():
         sizes = dict(other)
-        if sizes.keys() != wanted.keys() or any(min(v, sizes[n]) <= EXACT and v != sizes[n] for n, v in wanted.items()):
+        if sizes.keys() != wanted.keys() or any(_kind(n, v, sizes[n]) and v != sizes[n] for n, v in wanted.items()):
             continue
         away = sum(abs(math.log2(v / sizes[n])) for n, v in wanted.items() if v > EXACT)
         if best is None or away < best[0]:
             best = (away, config)
     return best[1] if best is not None else None
+
+
+def _kind(name: str, one: int, other: int) -> bool:
+    """Whether a feature says what a call is rather than how large: these agree or the entry does not fit."""
+    return min(one, other) <= EXACT or name.startswith("BLOCK_") or name == "rope"
 
 
 def store(device: str, kernel: str, features: Features, config: Config, us: float) -> None:
@@ -115,10 +120,12 @@ def store(device: str, kernel: str, features: Features, config: Config, us: floa
         _parse(kernels)
     except (ValueError, KeyError, TypeError, AttributeError):
         kernels = {}
+        os.replace(file, file.with_suffix(".unreadable"))
     kept = [e for e in kernels.get(kernel, []) if bucket(e["features"]) != bucket(features)]
     kernels[kernel] = [*kept, {"features": dict(features), "config": config.launch, "us": round(us, 3)}]
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
         json.dump({"device": device, "kernels": kernels}, out, indent=1)
+    os.chmod(out.name, 0o644)
     os.replace(out.name, file)
     entries.cache_clear()

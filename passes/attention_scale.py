@@ -56,15 +56,20 @@ def attention_scale(program: Program, context: Context) -> PassResult:
 def _scaled(node: fx.Node) -> fx.Node | None:
     """The product with a power of two that the queries are, seen through views that nothing else reads."""
     q = node.args[0]
-    users = node
-    while isinstance(q, fx.Node) and list(q.users) == [users] and role_of(q) is Role.VIEW:
-        users, q = q, q.args[0]
-    if not isinstance(q, fx.Node) or list(q.users) != [users] or q.target is not aten.mul.Tensor:
+    user = node
+    while _read_once(q, user) and role_of(q) is Role.VIEW:  # type: ignore[arg-type]
+        user, q = q, q.args[0]  # type: ignore[assignment, union-attr]
+    if not _read_once(q, user) or not isinstance(q, fx.Node) or q.target is not aten.mul.Tensor:
         return None
     factor = _number(q.args[1])
     x = q.args[0]
     alike = isinstance(x, fx.Node) and x.meta["val"].dtype == q.meta["val"].dtype
     return q if alike and factor is not None and factor > 0 and math.frexp(factor)[0] == 0.5 else None
+
+
+def _read_once(q: object, user: fx.Node) -> bool:
+    """Whether `user`, and it alone, reads q, in one place: not as keys or values too."""
+    return isinstance(q, fx.Node) and list(q.users) == [user] and [*user.args, *user.kwargs.values()].count(q) == 1
 
 
 def _number(value: object) -> float | None:

@@ -55,6 +55,8 @@ def is_part(node: fx.Node) -> bool:
             narrow = True
         elif role_of(node) is not Role.VIEW:
             return narrow
+        elif node.target is aten.expand.default:  # a copy may be larger than what it was cut from
+            return False
         elif getattr(node.target, "overloadpacket", None) in _NARROW:
             narrow = True
         node = node.args[0]

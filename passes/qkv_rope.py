@@ -57,6 +57,8 @@ class QKVRope(Rule):
     def _check_columns(m: Match) -> Reject | None:
         if m.q_start != 0 or m.k_start != m.q_end or m.q_end > m.k_end:
             return Reject("k does not stand behind q", m.anchor, quiet=True)
+        if m.v_start < m.k_end:
+            return Reject("what is cut as v is also rotated", m.anchor)
         q, k, y = (m.val(n) for n in (m.outputs[0], m.outputs[1], m.only(aten.linear.default)[0]))
         if len(q.shape) != 4 or len(k.shape) != 4 or len(y.shape) != 3:
             return Reject("the heads are not of the form [batch, sequence, heads, width]", m.anchor)

@@ -1,10 +1,11 @@
 """CUDA graphs of a program for shapes that come again: the host launches one graph instead of every kernel.
 
-A graph is made when a set of shapes comes for the third time and the GPU waited for the host the second time. Inputs
-are copied into the graph's own. Small outputs are copied out. Large ones are lent: the caller gets the graph's own
-memory, and as long as any tensor on it lives the graph is not run again; another one or the direct way serves. All
-graphs of a process share one memory pool, since none runs beside another: what they hold is bounded in number and in
-bytes, and those not used for longest go first.
+A graph is made when a set of shapes comes for the third time and the GPU waited for the host the second time, and used
+once its first replay was seen to agree with its kernels launched one by one. Inputs are copied into the graph's own.
+Small outputs are copied out. Large ones are lent: the caller gets the graph's own memory, and as long as any tensor on
+it lives the graph is not run again; another one or the direct way serves. Such a graph has a memory pool of its own. The
+others of a device share one, since none runs beside another and what a replay leaves is copied out before the next. What
+a program's graphs hold is bounded in number and in bytes, and those not used for longest go first.
 
 Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +61,7 @@ def graph_bytes(options: Options) -> int:
     return BYTES_OF_MODE[options.mode]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
@@ -71,12 +73,16 @@ class _Captured:
     passed: dict[int, int]
     """Outputs that are an input as it came: of which place."""
     held: int
+    stream: int
+    """The one that was current when the graph was captured; others do not get what it lends."""
     lends: bool = False
     counts: list[tuple[int, int]] = field(default_factory=list)
     """Of each lent storage, its handle and how many tensors of ours are on it."""
 
-    def free(self) -> bool:
-        """Whether nobody holds what was lent."""
+    def free(self, stream: int) -> bool:
+        """Whether the graph may run on this stream: nobody holds what it lent."""
+        if self.lends and stream != self.stream:
+            return False
         return all(torch._C._storage_Use_Count(handle) == count for handle, count in self.counts)
 
 
@@ -95,39 +101,52 @@ class Graphs:
         self._direct: set[Shapes] = set()
         """Shapes for which a graph is of no use."""
         self._watched: dict[Shapes, tuple[float, torch.cuda.Event, torch.cuda.Event, int]] = {}
-        self._lock = threading.Lock()
+        self._lending: set[Shapes] = set()
+        """Shapes whose outputs are too large to be copied."""
         self._version: object = None
-        self._last: torch.cuda.Event | None = None
         self.refused: str | None = None
         """Why no further graph is made."""
 
     def __call__(self, values: Sequence[Any], version: object) -> Any:
         """What `function(*values)` returns."""
         given = values[: self._count]
-        if not given or not all(t.is_cuda for t in given) or torch.cuda.is_current_stream_capturing():
+        device = given[0].device if given else None
+        if (
+            device is None
+            or any(t.device != device for t in given)
+            or device.type != "cuda"
+            or torch.cuda.current_device() != _index(device)
+            or torch.cuda.is_current_stream_capturing()
+        ):
             return self._function(*values)
         key = tuple([(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given])
-        with self._lock:
+        shared = _shared(device)
+        with shared.lock:
             if version != self._version:
                 self._graphs.clear()
                 self._plans.clear()
                 self._version = version
+            stream = torch.cuda.current_stream(device).cuda_stream
             made = self._graphs.get(key, [])
-            captured = next((c for c in made if c.free()), None)
-            if captured is None and len(made) < COPIES and self._due(key):
-                captured = self._capture(key, values)
+            captured = next((c for c in made if c.free(stream)), None)
             if captured is not None:
-                return self._replay(captured, given)
+                self._graphs.move_to_end(key)
+            elif len(made) < COPIES and self._due(key):
+                captured = self._capture(shared, key, values, stream)
+                if captured is not None:
+                    return self._compared(shared, key, captured, values)
+            if captured is not None:
+                return self._replay(shared, captured, given)
             plans = self._plans.get(key)
             seen = self._seen.get(key, 0)
         if plans is not None:
             return choice.following(plans, self._function, values)
-        if seen == BEFORE:
+        if seen == BEFORE and self._may_capture():
             return self._watch(key, values)
         if seen < BEFORE or len({t.data_ptr() for t in given}) < len(given):
             return self._function(*values)
         result, plans = choice.noting(self._function, values)  # every call has its plan by now
-        with self._lock:
+        with shared.lock:
             if version == self._version and len(self._plans) < MAX_SHAPES:
                 self._plans[key] = plans
         return result
@@ -151,6 +170,8 @@ class Graphs:
             end.synchronize()
             if size > self._max_output_bytes or host_ms < HOST_SHARE * begin.elapsed_time(end):
                 self._direct.add(key)
+            elif size > MAX_COPIED_BYTES:
+                self._lending.add(key)
         return key not in self._direct
 
     @property
@@ -164,27 +185,41 @@ class Graphs:
     def _due(self, key: Shapes) -> bool:
         if len(self._seen) > MAX_SHAPES:
             self._seen.clear()
+            self._watched.clear()
+            self._direct.clear()
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        return seen > BEFORE and self.refused is None and self._max_output_bytes > 0 and self._worth_it(key)
+        return seen > BEFORE and self._may_capture() and self._worth_it(key)
 
-    def _capture(self, key: Shapes, values: Sequence[Any]) -> _Captured | None:
-        inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
-        fixed = list(values[self._count :])
-        device = inputs[0].device
+    def _may_capture(self) -> bool:
+        return self.refused is None and self._max_output_bytes > 0
+
+    def _capture(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> _Captured | None:
+        device = shared.device
+        lends = key in self._lending
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        current = torch.cuda.current_stream(device)
         try:
-            torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
-                result = self._function(*inputs, *fixed)
+            with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in later calls
+                inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
+                fixed = list(values[self._count :])
+                pool = None if lends else shared.pool()
+                with torch.cuda.graph(graph, pool=pool, stream=shared.stream, capture_error_mode="thread_local"):
+                    result = self._function(*inputs, *fixed)
+        except torch.OutOfMemoryError:
+            self._direct.add(key)
+            _leave_capture(device, current)
+            return None
         except RuntimeError as error:
             self.refused = f"a CUDA graph could not be captured: {_first(error)}"
-            log.info("%s", self.refused)
-            _leave_capture(device)
+            log.warning("%s; forwards run without one", self.refused)
+            _leave_capture(device, current)
             return None
         outputs = list(result)
         del result
-        captured = _Captured(graph, inputs, outputs, [], {}, {}, 0)
+        captured = _Captured(graph, inputs, outputs, [], {}, {}, 0, stream)
         by_id: dict[int, int] = {}
         origin = {id(t): i for i, t in enumerate([*inputs, *fixed])}
         for place, output in enumerate(outputs):
@@ -197,24 +232,36 @@ class Graphs:
             else:
                 by_id[id(output)] = place
                 captured.copied.append(place)
-        size = _bytes(outputs)
         if any(i >= self._count for i in captured.passed.values()):  # a weight as it is
             self._direct.add(key)
             return None
-        captured.held = max(torch.cuda.memory_allocated(device) - before, size)
-        if size > MAX_COPIED_BYTES:
+        captured.held = max(torch.cuda.memory_reserved(device) - before, _bytes(outputs))
+        if lends:
             captured.lends = True
             handles = {outputs[i].untyped_storage()._cdata for i in captured.copied}
             captured.counts = [(handle, torch._C._storage_Use_Count(handle)) for handle in handles]
+        else:
+            shared.copying.add(captured)
         self._graphs.setdefault(key, []).append(captured)
         while len(self) > MAX_GRAPHS or (self.held > MAX_HELD_BYTES and len(self._graphs) > 1):
             oldest, _ = self._graphs.popitem(last=False)
             self._seen.pop(oldest, None)
         return captured
 
-    def _replay(self, captured: _Captured, given: Sequence[Tensor]) -> list[Any]:
-        if self._last is not None:
-            self._last.wait()  # the last replay may have been on another stream
+    def _compared(self, shared: _Shared, key: Shapes, captured: _Captured, values: Sequence[Any]) -> Any:
+        """What a direct call returns; a graph that does not give the same is not used."""
+        result = self._function(*values)
+        again = self._replay(shared, captured, values[: self._count])
+        if not all(map(_same, result, again)):
+            self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
+            log.warning("%s; forwards run without one", self.refused)
+            self._graphs.clear()
+        return result
+
+    @staticmethod
+    def _replay(shared: _Shared, captured: _Captured, given: Sequence[Tensor]) -> list[Any]:
+        if shared.last is not None:
+            shared.last.wait()  # the last replay may have been on another stream
         for own, value in zip(captured.inputs, given, strict=True):
             own.copy_(value)
         captured.graph.replay()
@@ -229,9 +276,9 @@ class Graphs:
             outputs[place] = outputs[source]
         for place, source in captured.passed.items():
             outputs[place] = given[source]
-        if self._last is None:
-            self._last = torch.cuda.Event()
-        self._last.record()
+        if shared.last is None:
+            shared.last = torch.cuda.Event()
+        shared.last.record()
         return outputs
 
 
@@ -241,6 +288,20 @@ def _bytes(outputs: Sequence[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Equal numbers, NaN equal to itself; or as near as another order of sums, which a library may choose, brings them."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True  # comes from no kernel
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if bool(((one == other) | ((one != one) & (other != other))).all()):
+        return True
+    if not one.is_floating_point():
+        return False
+    apart, size = ((t.float().square().mean()).sqrt() for t in (one - other, one))
+    return bool(apart <= max(4 * torch.finfo(one.dtype).eps, 1e-4) * size)
+
+
 def _first(error: BaseException) -> str:
     """The message of what went wrong first: ending a capture that failed raises once more."""
     while error.__context__ is not None:
@@ -248,27 +309,45 @@ def _first(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _leave_capture(device: torch.device) -> None:
+def _leave_capture(device: torch.device, stream: torch.cuda.Stream) -> None:
     """A capture that failed leaves the generator in it, and every later random number would be an error."""
+    torch.cuda.set_stream(stream)
     torch.cuda.synchronize(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
+    generator = torch.cuda.default_generators[_index(device)]
     fresh = torch.Generator(device=device)
     fresh.set_state(generator.get_state())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-_pools: dict[torch.device, tuple[Any, torch.cuda.CUDAGraph]] = {}
+class _Shared:
+    """What all graphs of one device have in common: one is captured or replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = threading.RLock()
+        self.stream = torch.cuda.Stream(device)
+        self.last: torch.cuda.Event | None = None
+        """Recorded behind the last replay and what was copied out of it."""
+        self.copying: weakref.WeakSet[_Captured] = weakref.WeakSet()
+
+    def pool(self) -> Any:
+        """The handle of the pool of those whose outputs are copied; it ends with the last of them."""
+        for captured in self.copying:
+            return captured.graph.pool()
+        return None
 
 
-def _pool(device: torch.device) -> Any:
-    """The handle of the memory pool that all graphs of a device share.
+_devices: dict[int, _Shared] = {}
+_devices_lock = threading.Lock()
 
-    A pool ends with its last graph, so one that does next to nothing stays in it.
-    """
-    if device not in _pools:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
-        _pools[device] = (graph.pool(), graph)
-    return _pools[device][0]
+
+def _shared(device: torch.device) -> _Shared:
+    index = _index(device)
+    with _devices_lock:
+        if index not in _devices:
+            _devices[index] = _Shared(torch.device("cuda", index))
+        return _devices[index]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -52,6 +52,7 @@ class Executable:
 
     def flat(self, tensors: Mapping[str, torch.Tensor], *, directly: bool = False) -> Any:
         """The graph's flat tuple of outputs."""
+        version = self._weights.version  # before the weights: what is repacked in between is then of an older version
         packs = self._weights.packs
         values = [tensors[name] for name in self.arguments]
         values += map(getitem, self._tables, self._names)
@@ -59,7 +60,7 @@ class Executable:
         values += [packs[key].value for key in self._packs]
         with torch.no_grad():
             if self.graphs is not None and not directly:
-                return self.graphs(values, self._weights.version)
+                return self.graphs(values, version)
             return self._arranged(*values)
 
     def directly(self, tensors: Mapping[str, torch.Tensor]) -> Any:

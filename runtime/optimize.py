@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..compiler.program import Note
-from ..kernels import tuning_cache
+from ..kernels import tuning
 from .announce import announcement
 from .build import Stages, Unserved, evaluating
 from .checks import check_inputs, check_model, device_of, dtype_of, weight_bytes
@@ -156,7 +156,7 @@ def new_record(model: nn.Module, options: Options) -> Record:
         text = f"mode={options.mode!r} tunes nothing by itself: python -m regraft tune MODEL does"
         record.notes.append(Note("", text))
     if options.cache_dir is not None:
-        tuning_cache.use(options.cache_dir)
+        tuning.use_cache(options.cache_dir)
     return record
 
 

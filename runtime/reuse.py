@@ -18,6 +18,8 @@ from .timing import Timing
 AGREE: Final = 0.05
 """How far an anchor may be from what it was."""
 
+ALIKE: Final = 0.5
+"""How far eager, which the host may slow down, may be from what it was where the device's rates agree."""
 REPLAYED: Final = ("compile-graphs", "compile-max")
 """Peers whose time does not depend on the host: the device's rates are an anchor for them."""
 
@@ -41,8 +43,9 @@ class Earlier:
         for name in ("device", "dtype"):
             if self._plain[name] != getattr(now, name):
                 return f"the earlier run had another {name}, {self._plain[name]}"
-        if self._plain["versions"].get("torch") != now.versions.get("torch"):
-            return f"the earlier run had torch {self._plain['versions'].get('torch')}"
+        for package in ("torch", "triton", "transformers"):
+            if self._plain["versions"].get(package) != now.versions.get(package):
+                return f"the earlier run had {package} {self._plain['versions'].get(package)}"
         if not self._agrees(candidate, now, blank, eager):
             return f"neither eager nor the device's rates are within {AGREE:.0%} of the earlier run's"
         timing = Timing(**old["timing"])
@@ -54,10 +57,12 @@ class Earlier:
         before = old["timing"]["median_ms"] if old is not None and old["timing"] else None
         if before is not None and eager.timing is not None and _near(eager.timing.median_ms, before):
             return True
+        if before is not None and eager.timing is not None and not _near(eager.timing.median_ms, before, ALIKE):
+            return False  # another model, whatever its name
         rates: Mapping[str, float] = self._plain.get("rates", {})
         same = [_near(now.rates[k], v) for k, v in rates.items() if k in now.rates]
         return candidate in REPLAYED and bool(same) and all(same)
 
 
-def _near(now: float, before: float) -> bool:
-    return abs(now / before - 1) <= AGREE
+def _near(now: float, before: float, within: float = AGREE) -> bool:
+    return abs(now / before - 1) <= within

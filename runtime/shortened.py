@@ -19,10 +19,11 @@ ROWS: Final = 8
 def shortened(example: Mapping[str, torch.Tensor], limits: Limits) -> dict[str, torch.Tensor]:
     """The first rows and tokens of an example, where the graph takes them; else all of it."""
     batches, lengths = set(), set()
-    for name, guard in limits.tensors.items():
+    words_only = all(by_tokens(name) for name in example)  # pictures belong to tokens that might be cut
+    for guard in limits.tensors.values():
         if guard.shape and isinstance(guard.shape[0], str):
             batches.add(guard.shape[0])
-        if by_tokens(name) and len(guard.shape) > 1 and isinstance(guard.shape[1], str):
+        if words_only and len(guard.shape) > 1 and isinstance(guard.shape[1], str):
             lengths.add(guard.shape[1])
     sizes = {
         symbol: size
@@ -40,4 +41,6 @@ def shortened(example: Mapping[str, torch.Tensor], limits: Limits) -> dict[str, 
             if isinstance(symbol, str) and symbol in wanted:
                 tensor = tensor.narrow(dim, 0, wanted[symbol])
         made[name] = tensor if tensor.shape == example[name].shape else tensor.contiguous()
-    return made if limits.violation(made) is None else dict(example)
+    mask = made.get("attention_mask")
+    padded = mask is not None and mask.dim() == 2 and not bool((mask != 0).any(1).all())
+    return dict(example) if padded or limits.violation(made) is not None else made

@@ -76,7 +76,7 @@ def _row(line: dict[str, Any], folder: Path) -> Row:
     known = dict(line)
     model = str(known.pop("model"))
     beside = folder / f"{model}.json"
-    name = str(known.pop("name", Path(model).stem))
+    name = str(known.pop("name", Path(model).name.removesuffix(".json")))
     peers = tuple(known.pop("peers", Row.peers))
     for peer in peers:
         if peer not in CANDIDATES:

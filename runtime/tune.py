@@ -280,7 +280,8 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if not found.is_floating_point():
         return torch.equal(found, expected)
     scale = distance_of(expected, torch.zeros_like(expected))
-    return distance_of(found, expected).rms <= 4 * torch.finfo(found.dtype).eps * scale.rms
+    apart, eps = distance_of(found, expected), torch.finfo(found.dtype).eps
+    return apart.rms <= 4 * eps * scale.rms and apart.largest <= 16 * eps * scale.largest
 
 
 def copied(value: Any) -> Any:

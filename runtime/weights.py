@@ -58,6 +58,8 @@ class Weights:
         self.packs: dict[PackKey, Pack] = {}
         self.version = 0
         """Another number whenever a weight may be another tensor, or stand elsewhere."""
+        self._pointers: list[int] = []
+        self._packed: list[tuple[PackKey, int]] = []
         self._look()
 
     # -- what is there now ------------------------------------------------------------------------------------------
@@ -87,9 +89,12 @@ class Weights:
         self._note(list(map(getitem, self._tables, self._names)))
 
     def _note(self, tensors: list[torch.Tensor]) -> None:
-        self.version += 1
-        self._tensors = tensors
-        self._pointers = list(map(torch.Tensor.data_ptr, tensors))
+        pointers = list(map(torch.Tensor.data_ptr, tensors))
+        packed = [(key, pack.value.data_ptr()) for key, pack in self.packs.items()]
+        if (pointers, packed) != (self._pointers, self._packed):
+            self.version += 1
+        self._tensors, self._pointers, self._packed = tensors, pointers, packed
+        self._strides = list(map(torch.Tensor.stride, tensors))
         self._dtypes = list(map(_dtype, tensors))
         self._shapes = list(map(_shape, tensors))
         self._sizes = list(map(torch.Tensor.numel, tensors))
@@ -106,6 +111,8 @@ class Weights:
             return Change.FORM
         if all(map(is_, now, self._tensors)):
             if list(map(_dtype, now)) != self._dtypes or list(map(torch.Tensor.numel, now)) != self._sizes:
+                return Change.FORM
+            if list(map(torch.Tensor.stride, now)) != self._strides:
                 return Change.FORM
             if list(map(torch.Tensor.data_ptr, now)) == self._pointers:
                 return Change.NONE if all(map(_fresh, self.packs.values())) else Change.VALUES

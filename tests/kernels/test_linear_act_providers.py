@@ -117,7 +117,7 @@ def test_configurations_that_the_kernel_has_not(
     config = Config((("BLOCK_N", width), ("GROUP_M", 4), ("HELPERS", helpers)), 4, stages)
     monkeypatch.setattr(linear_act_wgmma, "choose", lambda *args: config)
     x, weight, _ = linear(16, 16, 16, torch.bfloat16, "cpu")
-    with pytest.raises(ValueError, match="no configuration"):
+    with pytest.raises(LookupError, match="no configuration"):
         linear_act_wgmma.multiply(x, weight, None, torch.empty_like(x), "relu", False)
 
 

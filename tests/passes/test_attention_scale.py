@@ -43,6 +43,14 @@ def test_what_would_round_or_is_read_elsewhere_stays(factor: float, read_again: 
     assert not attention_scale(program, CONTEXT).rewrites
 
 
+def test_queries_that_are_also_keys_stay() -> None:
+    small = Small()
+    h = small.input("h", torch.randn(2, 2, 5, 8))
+    scaled = small.call(aten.mul.Tensor, h, 0.5)
+    y = small.call(attention.overload, scaled, scaled, scaled, None, None, None, None, 1.0, -1, 0)
+    assert not attention_scale(small.program(y), CONTEXT).rewrites
+
+
 def test_whisper() -> None:
     model, inputs = zoo.build("whisper")
     program = capture(model, inputs, {}, cache=False)

@@ -67,21 +67,21 @@ def test_forward_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> No
         elif name == "compile-graphs":
             raise RuntimeError("no such backend")
         elif name == "compile-max":
-            time.sleep(5)
+            time.sleep(60)
         else:
             with candidate(name, given, inputs) as run:
                 yield run
 
     monkeypatch.setattr(forward_module, "candidate", candidates)
     chosen = ["regraft", "compile", "compile-graphs", "compile-max"]
-    bench = bench_forward(model, [(2, 9)], chosen, rounds=1, calls=1, limit_s=3.0)
+    bench = bench_forward(model, [(2, 9)], chosen, rounds=1, calls=1, limit_s=12.0)
     results = {r.candidate: r for r in bench.results}
     assert results["eager"].timing and results["regraft"].timing and not results["regraft"].problem
     assert results["regraft"].error <= results["regraft"].bound
     assert results["compile"].timing is None and results["compile"].problem.startswith("wrong: logits")
     assert results["compile"].error > results["compile"].bound
     assert results["compile-graphs"].timing is None and "no such backend" in results["compile-graphs"].problem
-    assert results["compile-max"].problem == "gave up after 3 s"
+    assert results["compile-max"].problem == "gave up after 12 s"
     plain = json.loads(json.dumps(bench.to_dict()))
     assert {"date", "versions", "device", "dtype", "command", "model", "results", "rates"} <= plain.keys()
     assert {"torch", "triton", "transformers", "regraft"} <= plain["versions"].keys()

@@ -102,9 +102,58 @@ def test_lent_outputs_are_never_written_over(monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(part, old[5:9] * 3)
     assert len(graphs) == cuda_graphs.COPIES
     captured = next(iter(graphs._graphs.values()))
-    assert not any(c.free() for c in captured)
+    stream = torch.cuda.current_stream().cuda_stream
+    assert not any(c.free(stream) for c in captured)
     del kept, part, product, total
-    assert all(c.free() for c in captured)
+    assert all(c.free(stream) for c in captured)
+    assert not any(c.free(stream + 1) for c in captured), "another stream's consumers are not waited for"
+
+
+def test_no_graph_writes_where_another_ones_outputs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_COPIED_BYTES", 0)
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = x * 2
+        second = first + 1
+        del first
+        return (second * 3,)
+
+    for first_size, second_size in ((1 << 20, 1 << 20), (1 << 20, 1 << 19)):
+        graphs = Graphs(function, 1)
+        one, two = torch.randn(first_size, device="cuda"), torch.randn(second_size, device="cuda")
+        for x in (one, two):
+            for _ in range(2):
+                graphs([x], 1)
+        held = graphs([one], 1)[0]
+        other = graphs([two], 1)[0]
+        want = other.clone()
+        del held
+        graphs([one], 1)
+        assert torch.equal(other, want)
+
+
+def test_inference_mode_first(llama: tuple[Any, torch.Tensor]) -> None:
+    model, ids = llama
+    with torch.inference_mode():
+        for _ in range(4):
+            want = model(ids).logits.clone()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_a_graph_that_computes_something_else_is_not_used() -> None:
+    calls = 0
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        return (x + (calls if torch.cuda.is_current_stream_capturing() else 0),)
+
+    graphs = Graphs(function, 1)
+    x = torch.ones(3, device="cuda")
+    for _ in range(5):
+        assert torch.equal(graphs([x], 1)[0], x)
+    assert graphs.refused is not None and "another result" in graphs.refused and len(graphs) == 0
 
 
 def test_a_function_that_cannot_be_captured_runs_directly() -> None:

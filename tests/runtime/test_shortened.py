@@ -33,3 +33,16 @@ def test_sizes_that_are_fixed_or_bound_stay() -> None:
     bound = _limits(input_ids=("b", "s"))
     bound.ranges["s"] = (2048, None)
     assert shortened(example, bound)["input_ids"].shape == (2, 4096)
+
+
+def test_pictures_and_padding_keep_the_whole_call() -> None:
+    ids = torch.zeros(1, 4096, dtype=torch.int64)
+    mask = torch.zeros(1, 4096, dtype=torch.int64)
+    mask[:, 2000:] = 1
+    padded = shortened(
+        {"input_ids": ids, "attention_mask": mask}, _limits(input_ids=("b", "s"), attention_mask=("b", "s"))
+    )
+    assert padded["input_ids"].shape == (1, 4096)
+    pictures = {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}
+    made = shortened(pictures, _limits(input_ids=("b", "s"), pixel_values=("b", 3, 4, 4)))
+    assert made["input_ids"].shape == (1, 4096)
