@@ -3,9 +3,9 @@
 A graph is made when a set of shapes comes for the third time and the GPU waited for the host the second time, and used
 once its first replay was seen to agree with its kernels launched one by one. Inputs are copied into the graph's own.
 Small outputs are copied out. Large ones are lent: the caller gets the graph's own memory, and as long as any tensor on
-it lives the graph is not run again; another one or the direct way serves. Such a graph has a memory pool of its own. The
-others of a device share one, since none runs beside another and what a replay leaves is copied out before the next. What
-a program's graphs hold is bounded in number and in bytes, and those not used for longest go first.
+it lives the graph is not run again; another one or the direct way serves. Such a graph has a memory pool of its own.
+The others of a device share one, since none runs beside another and what a replay leaves is copied out before the next.
+What a program's graphs hold is bounded in number and in bytes, and those not used for longest go first.
 
 Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
 """
@@ -289,7 +289,7 @@ def _bytes(outputs: Sequence[Any]) -> int:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal numbers, NaN equal to itself; or as near as another order of sums, which a library may choose, brings them."""
+    """Equal numbers, NaN equal to itself; or as near as another order of sums, which a library may choose, is."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return True  # comes from no kernel
     if one.shape != other.shape or one.dtype != other.dtype:
