@@ -42,5 +42,6 @@ def shortened(example: Mapping[str, torch.Tensor], limits: Limits) -> dict[str, 
                 tensor = tensor.narrow(dim, 0, wanted[symbol])
         made[name] = tensor if tensor.shape == example[name].shape else tensor.contiguous()
     mask = made.get("attention_mask")
-    padded = mask is not None and mask.dim() == 2 and not bool((mask != 0).any(1).all())
+    known = mask is not None and mask.dim() == 2 and not mask.is_meta
+    padded = known and mask is not None and not bool((mask != 0).any(1).all())
     return dict(example) if padded or limits.violation(made) is not None else made
