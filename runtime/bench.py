@@ -139,7 +139,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def summary_table(results: Sequence[Result]) -> list[str]:
-    """regraft against the best peer of every row, and the geometric mean."""
+    """regraft against the best peer of every row, the rows where it has no result, and the geometric mean."""
     rows = summaries(results)
     lines = []
     for s in rows:
@@ -147,8 +147,11 @@ def summary_table(results: Sequence[Result]) -> list[str]:
         more += [f"first result {s.first_ratio:.2f} of max-autotune's"] if s.first_ratio is not None else []
         times = f"{s.regraft_ms:9.3f} ms, {s.best_peer} {s.peer_ms:9.3f} ms"
         lines.append(f"{s.row:<40} {s.ratio:5.2f}x  {times}  {', '.join(more)}".rstrip())
+    failed = [r for r in results if r.candidate == REGRAFT and r.row not in {s.row for s in rows}]
+    lines += [f"{r.row:<40} no ratio: {r.problem or 'no other candidate was measured'}" for r in failed]
     mean = geometric_mean(rows)
     if mean is not None:
         slower = sum(s.ratio < 1 for s in rows)
-        lines.append(f"geometric mean {mean:.3f}x of the best peer over {len(rows)} rows, {slower} of them below 1")
+        without = f", {len(failed)} rows without a ratio" if failed else ""
+        lines.append(f"geometric mean {mean:.3f}x of the best peer over {len(rows)} rows, {slower} below 1{without}")
     return lines

@@ -44,7 +44,10 @@ def test_the_summary_compares_with_the_fastest_peer_that_was_right() -> None:
     assert [(s.row, s.best_peer, s.ratio) for s in rows] == [("a", "compile-max", 2.0), ("b", "eager", 0.5)]
     assert rows[0].memory_ratio == 0.5 and rows[0].first_ratio == 0.25 and rows[1].memory_ratio is None
     assert geometric_mean(rows) == pytest.approx(1.0) and geometric_mean([]) is None
-    assert "over 2 rows, 1 of them below 1" in summary_table(results)[-1]
+    lines = summary_table(results)
+    assert lines[-1].endswith("over 2 rows, 1 below 1, 1 rows without a ratio")
+    assert lines[-2].startswith("c ") and lines[-2].endswith("no ratio: crashed")
+    assert summary_table(results[:-2])[-1].endswith("over 2 rows, 1 below 1")
 
 
 def test_a_row_that_crashes_or_hangs_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
