@@ -39,7 +39,8 @@ CANDIDATES: Final = ("eager", *COMPILE_MODES, REGRAFT)
 DRIFT: Final = 0.03
 """Of eager's time between the start and the end of a row; more is told."""
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
+"""Tensors, and Python values such as `logits_to_keep`, by the names of the forward's arguments."""
 
 
 class TimeUp(BaseException):
@@ -56,21 +57,23 @@ def bench_forward(
     calls: int = 10,
     limit_s: float = 300.0,
     mask: bool = True,
+    arguments: Mapping[str, Any] | None = None,
     earlier: Earlier | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Bench:
     """Compare the candidates at each (batch, length). `eager`, the model as it was loaded, is always measured.
 
     A candidate that takes more than `limit_s` seconds to prepare and run is given up. Without `mask`, no attention
-    mask is passed. `earlier` may supply peers that were measured before under the same conditions.
+    mask is passed. `arguments` are further ones of the forward (`{"logits_to_keep": 1}`); they are part of a row's
+    name. `earlier` may supply peers that were measured before under the same conditions.
     """
     device = next(model.parameters()).device
     dtype = dtype_of(model)
     bench = Bench(name or type(model).__name__, str(dtype).removeprefix("torch."), device_name(device))
     bench.rates = device_rates(device)
     for shape in shapes:
-        row = f"{bench.model} {shape[0]}x{shape[1]}"
-        inputs = inputs_for(model, *shape, mask=mask)
+        row = row_name(bench.model, *shape, arguments)
+        inputs = {**inputs_for(model, *shape, mask=mask), **(arguments or {})}
         truth = truth_of(model, inputs, dtype)
         blank = Result(row, "", *shape)
         results: list[Result] = []
@@ -88,6 +91,11 @@ def bench_forward(
         for line in [*table(results), *_drift(model, inputs, results[0], rounds, calls)]:
             say(line)
     return bench
+
+
+def row_name(model: str, batch: int, length: int, arguments: Mapping[str, Any] | None = None) -> str:
+    """`llama_8b 1x512 logits_to_keep=1`."""
+    return " ".join([f"{model} {batch}x{length}", *(f"{k}={v}" for k, v in (arguments or {}).items())])
 
 
 def _drift(model: nn.Module, inputs: Inputs, eager: Result, rounds: int, calls: int) -> list[str]:
@@ -113,7 +121,7 @@ class Truth:
         return sum(t.nbytes for t in self.oracle.values())
 
 
-def truth_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Truth:
+def truth_of(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Truth:
     """What the model's own code gives one precision up, and how far from it that in its own precision is."""
     oracle = _floats(run_oracle(model, model.forward, inputs, higher(dtype)))
     own = _floats(run_reference(model, model.forward, inputs))
@@ -217,7 +225,7 @@ def _peak_gb(run: Callable[..., Any], inputs: Inputs, device: torch.device, trut
     for _ in range(2):
         run(**inputs)
     _wait(device)
-    own = truth.nbytes + sum(t.nbytes for t in inputs.values())
+    own = truth.nbytes + sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
     return (torch.cuda.max_memory_reserved(device) - own) / 1e9
 
 
@@ -231,7 +239,7 @@ def _host_ms(call: Callable[[], Any], device: torch.device, calls: int) -> float
     return 1e3 * min(times)
 
 
-def bound_call(run: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+def bound_call(run: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], Any]:
     """`run` on these inputs, without gradients."""
 
     def call() -> Any:

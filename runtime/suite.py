@@ -2,7 +2,8 @@
 
     {"rows": [{"model": "llama_8b", "batch": 1, "length": 512, "peers": ["compile-graphs", "compile-max"]}, ...]}
 
-`model` names a config beside the file, or is a path. A row that crashes, or hangs, costs its own results only.
+`model` names a config beside the file, or is a path; `arguments` of a row go to the forward as they are. A row that
+crashes, or hangs, costs its own results only.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ from typing import Any, Final
 import torch
 
 from .bench import REGRAFT, Bench, Result, summary_table
-from .bench_forward import CANDIDATES, bench_forward
+from .bench_forward import CANDIDATES, bench_forward, row_name
 from .loading import ArgumentError, load_model
 from .reuse import Earlier
 
@@ -40,11 +41,12 @@ class Row:
     """How results call the model; the config's file name by default."""
     mask: bool = False
     layers: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """As in the results."""
-        return f"{self.name} {self.batch}x{self.length}"
+        return row_name(self.name, self.batch, self.length, self.arguments)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def run_row(row: Row, settings: Settings, say: Callable[[str], None]) -> Bench:
         calls=settings.calls,
         limit_s=settings.limit_s,
         mask=row.mask,
+        arguments=row.arguments,
         earlier=Earlier(settings.reuse) if settings.reuse else None,
         say=say,
     )

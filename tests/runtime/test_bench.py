@@ -93,6 +93,17 @@ def test_forward_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> No
     assert "forward" not in vars(model), "the model that was given is left as it was"
 
 
+def test_arguments_of_a_row_reach_the_forward_and_its_name() -> None:
+    model = tiny_llama()
+    bench = bench_forward(model, [(2, 9)], ["regraft"], rounds=1, calls=1, arguments={"logits_to_keep": 1})
+    assert {r.row for r in bench.results} == {"LlamaForCausalLM 2x9 logits_to_keep=1"}
+    assert all(r.timing is not None and not r.problem for r in bench.results)
+    truth = forward_module.truth_of(
+        model, {"input_ids": torch.ones(2, 9, dtype=torch.long), "logits_to_keep": 1}, torch.float32
+    )
+    assert truth.oracle["logits"].shape[:2] == (2, 1)
+
+
 def small_case() -> Case:
     def arguments(device: torch.device) -> dict[str, Any]:
         x = torch.randn(1, 5, 96, dtype=torch.bfloat16, device=device)
