@@ -13,6 +13,7 @@ from .ablate import ablate
 from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
 from .bench import REGRAFT, Bench, summary_table
 from .bench_forward import CANDIDATES, bench_forward
+from .bench_generate import EAGER, GENERATORS, GenerateRow, bench_generate, slower
 from .bench_kernels import bench_kernels, regressions
 from .loading import DTYPES, ArgumentError
 from .reuse import Earlier
@@ -26,6 +27,7 @@ def add(verbs: Any) -> None:
     _add_forward(bench)
     _add_kernels(bench)
     _add_ablate(bench)
+    _add_generate(bench)
 
 
 def _add_forward(bench: Any) -> None:
@@ -67,6 +69,50 @@ def _add_ablate(bench: Any) -> None:
     taken.add_argument("--limit", type=number, default=300, metavar="S", help="seconds a variant may take")
     rounds(taken)
     taken.set_defaults(run=_ablate)
+
+
+def _add_generate(bench: Any) -> None:
+    made = bench.add_parser("generate", help="a model's generate: HuggingFace's, vLLM's and regraft's")
+    model(made, optional=True)
+    made.add_argument("--model", dest="named", metavar="MODEL", help="the same as the positional argument")
+    made.add_argument("--batch", type=numbers, default=[1], metavar="LIST", help="1,8")
+    made.add_argument("--prompt", type=numbers, default=[128], metavar="LIST", help="tokens of each prompt: 128,2048")
+    made.add_argument("--new", type=number, default=128, metavar="N", help="tokens to generate")
+    made.add_argument(
+        "--candidates",
+        type=names(GENERATORS),
+        default=[EAGER, REGRAFT],
+        metavar="LIST",
+        help=f"of {', '.join(GENERATORS)}; eager and regraft by default",
+    )
+    made.add_argument("--limit", type=number, default=300, metavar="S", help="seconds a candidate may take")
+    made.add_argument("--baseline", metavar="FILE", help="JSON of an earlier run: fail where regraft got slower")
+    made.add_argument("--threshold", type=float, default=0.05, metavar="SHARE", help="by how much, 0.05 by default")
+    made.add_argument("--rounds", type=number, default=3, metavar="N", help="of which the median")
+    made.add_argument("--json", metavar="FILE", help="write the results as JSON; - is standard output")
+    made.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.named is None):
+        raise ArgumentError("bench generate needs a model, as `bench generate MODEL` or `--model MODEL`")
+    args.model = args.model or args.named
+    baseline = _baseline(args.baseline, "generate", ("row", "candidate", "step_ms")) if args.baseline else None
+    say = sayer(args)
+    bench = bench_generate(
+        load(args, device_of(args)),
+        [GenerateRow(batch, prompt, args.new) for batch in args.batch for prompt in args.prompt],
+        args.candidates,
+        name=name_of(args.model),
+        rounds=args.rounds,
+        limit_s=args.limit,
+        say=say,
+    )
+    write(args.json, lambda: json.dumps(bench.to_dict(), indent=2))
+    late = slower(bench.results, baseline, args.threshold) if baseline is not None else []
+    for line in late:
+        say(f"slower than {args.baseline}: {line}")
+    return 1 if late or any(r.candidate == REGRAFT and r.problem for r in bench.results) else 0
 
 
 def _ablate(args: argparse.Namespace) -> int:
@@ -150,7 +196,7 @@ def _suite(args: argparse.Namespace) -> Bench:
 
 def _kernels(args: argparse.Namespace) -> int:
     device = device_of(args)
-    baseline = _baseline(args.baseline) if args.baseline else None
+    baseline = _baseline(args.baseline, "kernels", ("op", "case", "provider")) if args.baseline else None
     ops = [*args.ops, *(args.op.split(",") if args.op else [])]
     say = sayer(args)
 
@@ -175,9 +221,10 @@ def _kernels(args: argparse.Namespace) -> int:
     return 1 if slower or any(r.problem.startswith("wrong") and not r.peer for r in bench.results) else 0
 
 
-def _baseline(file: str) -> Any:
+def _baseline(file: str, kind: str, keys: tuple[str, ...]) -> Any:
+    """The results in an earlier run's JSON, each of which must have these keys."""
     try:
         plain = json.loads(Path(file).read_text())
-        return {"results": [r for r in plain["results"] if r["op"] and r["case"] and r["provider"]]}
+        return {"results": [r for r in plain["results"] if all(r[k] is not None for k in keys)]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(f"--baseline {file!r}: not the JSON of `bench kernels` ({type(error).__name__})") from error
+        raise ArgumentError(f"--baseline {file!r}: not the JSON of `bench {kind}` ({type(error).__name__})") from error

@@ -1,0 +1,432 @@
+"""`regraft bench generate`: what a user of `generate` waits for, ours beside HuggingFace's and vLLM's.
+
+For each (batch, prompt, new): the time to the first token is that of a call for one token; a step is what the further
+tokens of a longer call take, each. Tokens are compared with eager's first: where they differ, the two tokens must be
+so close in the model's logits one precision up that the eager model's own error could have chosen either.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.generation.streamers import BaseStreamer
+
+from ..compiler.verify import higher
+from .bench import REGRAFT, Bench, device_name
+from .bench_forward import TimeUp, time_limit
+from .checks import dtype_of, weight_bytes
+from .optimize import optimize, restore
+from .oracle import run_oracle, run_reference
+from .timing import device_rates
+
+EAGER: Final = "eager"
+STATIC: Final = "static-compile"
+"""HF's generate with a static cache, for which transformers compiles the decode step."""
+BATCHED: Final = "hf-batch"
+"""HF's `generate_batch`, with its CUDA graphs."""
+VLLM: Final = "vllm"
+GENERATORS: Final = (EAGER, STATIC, BATCHED, VLLM, REGRAFT)
+
+Generate = Callable[[torch.Tensor, int], torch.Tensor]
+"""Prompts `[B, P]` and the number of new tokens to the new tokens `[B, new]`, greedily, without an end token."""
+
+
+@dataclass(frozen=True)
+class GenerateRow:
+    """What is asked: `batch` prompts of `prompt` random tokens, each continued by `new`."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def label(self) -> str:
+        return f"B={self.batch} prompt={self.prompt} new={self.new}"
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """One candidate on one row. Times in milliseconds, medians over rounds."""
+
+    row: str
+    candidate: str
+    batch: int
+    prompt: int
+    new: int
+    ttft_ms: float = 0.0
+    """A call for one token."""
+    step_ms: float = 0.0
+    """(a call for `new` tokens - a call for one) / (new - 1)."""
+    itl_ms: dict[str, float] = field(default_factory=dict)
+    """Between two tokens as a streamer sees them: median, p95, p99. Empty where the candidate takes no streamer."""
+    tokens_per_s: float = 0.0
+    """All new tokens over the whole call."""
+    first_s: float = 0.0
+    """From the model to the first call's result: capture, compilation and warm-up."""
+    peak_gb: float = 0.0
+    kv_gb: float = 0.0
+    """Of keys and values: pages in use where it is paged, else a contiguous cache of all positions."""
+    kv_waste: float | None = None
+    """Share of the pages in use whose slots hold nothing."""
+    tb_s: float = 0.0
+    """Weights and the keys and values read in a step, over its time."""
+    tflop_s: float = 0.0
+    share: float | None = None
+    """Of the device's copy bandwidth, which bounds a step."""
+    differing: int = 0
+    """Sequences whose tokens are not eager's from some point on, all of them near ties there."""
+    problem: str = ""
+
+
+def bench_generate(
+    model: nn.Module,
+    rows: Sequence[GenerateRow],
+    candidates: Sequence[str] = (EAGER, REGRAFT),
+    *,
+    name: str = "",
+    rounds: int = 3,
+    limit_s: float = 300.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Bench:
+    """Measure the candidates on each row. `eager` is run where another is to be compared with it."""
+    device = next(model.parameters()).device
+    bench = Bench(name or type(model).__name__, str(dtype_of(model)).removeprefix("torch."), device_name(device))
+    bench.rates = device_rates(device)
+    prompts = {row: _prompts(model, row) for row in rows}
+    expected: dict[GenerateRow, torch.Tensor] = {}
+    for choice in dict.fromkeys((EAGER, *candidates)):
+        told = choice in candidates
+        for result in _candidate(choice, model, prompts, expected, rounds, limit_s, told):
+            done = _rated(result, model, bench.rates)
+            if told:
+                bench.results.append(done)
+                say(line_of(done))
+    return bench
+
+
+def _candidate(
+    choice: str,
+    model: nn.Module,
+    prompts: Mapping[GenerateRow, torch.Tensor],
+    expected: dict[GenerateRow, torch.Tensor],
+    rounds: int,
+    limit_s: float,
+    told: bool,
+) -> list[GenerateResult]:
+    """One candidate on all rows, prepared once. A failure is the `problem` of the rows that it costs."""
+    device = next(model.parameters()).device
+    blanks = {r: GenerateResult(r.label, choice, r.batch, r.prompt, r.new) for r in prompts}
+    done: list[GenerateResult] = []
+    try:
+        with time_limit(limit_s), torch.no_grad():
+            start = time.perf_counter()
+            with prepared(choice, model, max(r.prompt + r.new for r in prompts)) as run:
+                for row, ids in prompts.items():
+                    done.append(_measured(blanks[row], run, model, ids, expected, rounds if told else 0, start))
+                    start = time.perf_counter()
+    except TimeUp:
+        problem = f"gave up after {limit_s:.0f} s"
+    except Exception as error:  # noqa: BLE001 - a peer may fail in any way; the others are still measured
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    else:
+        problem = ""
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return [*done, *(replace(b, problem=problem) for b in list(blanks.values())[len(done) :])]
+
+
+def _measured(
+    blank: GenerateResult,
+    run: Runner,
+    model: nn.Module,
+    ids: torch.Tensor,
+    expected: dict[GenerateRow, torch.Tensor],
+    rounds: int,
+    start: float,
+) -> GenerateResult:
+    row = GenerateRow(blank.batch, blank.prompt, blank.new)
+    device = ids.device
+    tokens = run.generate(ids, row.new)
+    _wait(device)
+    result = replace(blank, first_s=time.perf_counter() - start)
+    if blank.candidate == EAGER:
+        expected[row] = tokens
+    elif blank.candidate != VLLM or tokens.shape == expected[row].shape:
+        differing, wrong = differences(model, ids, expected[row], tokens)
+        result = replace(result, differing=differing, problem=wrong)
+        if wrong:
+            return result
+    if rounds == 0:
+        return result
+    run.generate(ids, 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = [_timed(run.generate, ids, 1) for _ in range(max(rounds, 3))]
+    whole = [_timed(run.generate, ids, row.new) for _ in range(rounds)]
+    peak = torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0
+    ttft, total = statistics.median(first), statistics.median(whole)
+    kv, waste = run.kv(row.batch, row.prompt + row.new) if run.kv is not None else (0, None)
+    return replace(
+        result,
+        ttft_ms=ttft,
+        step_ms=(total - ttft) / max(1, row.new - 1),
+        itl_ms=_intervals(run, ids, row.new),
+        tokens_per_s=1e3 * row.batch * row.new / total,
+        peak_gb=peak,
+        kv_gb=kv / 1e9,
+        kv_waste=waste,
+    )
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A candidate, ready to be called."""
+
+    generate: Generate
+    streamed: Callable[[torch.Tensor, int, BaseStreamer], Any] | None = None
+    kv: Callable[[int, int], tuple[int, float | None]] | None = None
+    """Bytes of keys and values, and their waste, for `batch` sequences of `length`, after a call."""
+
+
+@contextmanager
+def prepared(choice: str, model: Any, length: int) -> Iterator[Runner]:
+    """The candidate of that name over `model`, which is as it was afterwards.
+
+    Raises:
+        ValueError: a name that is not known.
+        ImportError: vllm, where it is not installed.
+    """
+    if choice == EAGER:
+        yield _huggingface(model)
+    elif choice == STATIC:
+        try:
+            yield _huggingface(model, cache_implementation="static")
+        finally:
+            torch.compiler.reset()
+    elif choice == BATCHED:
+        yield Runner(_batched(model), kv=_contiguous(model))
+    elif choice == VLLM:
+        with _vllm(model, length) as generate:
+            yield Runner(generate)
+    elif choice == REGRAFT:
+        optimized = optimize(model, verbose=False)
+        try:
+            yield replace(_huggingface(optimized), kv=_contiguous(model))
+        finally:
+            restore(model)
+    else:
+        raise ValueError(f"unknown candidate {choice!r}; known: {', '.join(GENERATORS)}")
+
+
+def _huggingface(model: Any, **options: Any) -> Runner:
+    def generate(ids: torch.Tensor, new: int, streamer: BaseStreamer | None = None) -> torch.Tensor:
+        more = {} if streamer is None else {"streamer": streamer}
+        out: torch.Tensor = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            **options,
+            **more,
+        )
+        return out[:, ids.shape[1] :]
+
+    return Runner(generate, generate, _contiguous(model))
+
+
+def _batched(model: Any) -> Generate:
+    from transformers import GenerationConfig
+
+    def generate(ids: torch.Tensor, new: int) -> torch.Tensor:
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        found = model.generate_batch(ids.tolist(), generation_config=config)
+        return torch.tensor([r.generated_tokens for r in found.values()], device=ids.device)
+
+    return generate
+
+
+@contextmanager
+def _vllm(model: Any, length: int) -> Iterator[Generate]:
+    """vLLM over the same config with random weights: the time is that of any weights, the tokens are not."""
+    if find_spec("vllm") is None:
+        raise ImportError("vllm is not installed here")
+    vllm: Any = import_module("vllm")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+        engine = vllm.LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=length + 1)
+
+        def generate(ids: torch.Tensor, new: int) -> torch.Tensor:
+            options = vllm.SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+            found = engine.generate([{"prompt_token_ids": row} for row in ids.tolist()], options, use_tqdm=False)
+            return torch.tensor([r.outputs[0].token_ids for r in found])
+
+        yield generate
+
+
+# -- correctness -------------------------------------------------------------------------------------------------------
+
+
+def differences(
+    model: Any, ids: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor, most: int = 4
+) -> tuple[int, str]:
+    """How many sequences differ from eager's, and what is wrong with the first `most` of them, or "".
+
+    Up to the first difference both read the same tokens. There the gap between the two choices in the oracle's logits
+    must be at most four times the largest error of the eager logits: each of the two may be off in either direction.
+    """
+    if tokens.shape != expected.shape:
+        return 0, f"wrong: {list(tokens.shape)} tokens, expected {list(expected.shape)}"
+    rows = (tokens != expected).any(dim=1).nonzero().flatten().tolist()
+    for row in rows[:most]:
+        at = int((tokens[row] != expected[row]).nonzero()[0])
+        prefix = torch.cat((ids[row], expected[row, :at])).unsqueeze(0)
+        forward = type(model).forward.__get__(model)
+        oracle = run_oracle(model, forward, {"input_ids": prefix}, higher(dtype_of(model))).logits[0, -1]
+        eager = run_reference(model, forward, {"input_ids": prefix}).logits[0, -1]
+        allowed = 4 * float((eager.to(oracle.dtype) - oracle).abs().max())
+        gap = float(oracle[expected[row, at]] - oracle[tokens[row, at]])
+        if gap > allowed:
+            return len(rows), f"wrong: sequence {row}, token {at}: logits {gap:.2e} apart, near ties are {allowed:.2e}"
+    return len(rows), ""
+
+
+def _prompts(model: nn.Module, row: GenerateRow) -> torch.Tensor:
+    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(row.batch * 1_000_003 + row.prompt)
+    ids = torch.randint(min(10, vocab - 1), vocab, (row.batch, row.prompt), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """When tokens arrive."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _intervals(run: Runner, ids: torch.Tensor, new: int) -> dict[str, float]:
+    if run.streamed is None or new < 4:
+        return {}
+    clock = _Clock()
+    run.streamed(ids, new, clock)
+    times = [1e3 * (b - a) for a, b in zip(clock.at[1:], clock.at[2:], strict=False)]  # the first is the prompt
+    if len(times) < 2:
+        return {}
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {"median": statistics.median(times), "p95": cuts[94], "p99": cuts[98]}
+
+
+def _timed(generate: Generate, ids: torch.Tensor, new: int) -> float:
+    _wait(ids.device)
+    start = time.perf_counter()
+    generate(ids, new)
+    _wait(ids.device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kv_bytes(config: Any, batch: int, length: int, element: int) -> int:
+    """A contiguous cache of all positions, from the config of a decoder."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * int(text.num_hidden_layers) * int(heads) * int(width) * batch * length * element
+
+
+def _contiguous(model: Any) -> Callable[[int, int], tuple[int, float | None]]:
+    element = torch.empty(0, dtype=dtype_of(model)).element_size()
+    return lambda batch, length: (kv_bytes(model.config, batch, length, element), None)
+
+
+def _rated(result: GenerateResult, model: Any, rates: Mapping[str, float]) -> GenerateResult:
+    """With the traffic and the arithmetic of the mean step."""
+    if not result.step_ms:
+        return result
+    element = torch.empty(0, dtype=dtype_of(model)).element_size()
+    read = (
+        weight_bytes(model)
+        - _gathered(model)
+        + kv_bytes(model.config, result.batch, result.prompt + result.new // 2, element)
+    )
+    flops = 2 * result.batch * (weight_bytes(model) - _gathered(model)) / element
+    tb_s = read / result.step_ms / 1e9
+    copy = rates.get("copy_tb_s")
+    return replace(
+        result, tb_s=tb_s, tflop_s=flops / result.step_ms / 1e9, share=tb_s / copy if copy is not None else None
+    )
+
+
+def _gathered(model: Any) -> int:
+    """Bytes of the embedding table, of which a step reads a few rows, unless it is the output layer too."""
+    table = model.get_input_embeddings().weight
+    out = model.get_output_embeddings()
+    return 0 if out is None or out.weight is table else int(table.nbytes)
+
+
+def line_of(result: GenerateResult) -> str:
+    """One line of the table."""
+    head = f"{result.row:<28} {result.candidate:<15}"
+    if result.problem:
+        return f"{head} {result.problem}"
+    parts = [
+        f"TTFT {result.ttft_ms:8.2f} ms",
+        f"step {result.step_ms:7.3f} ms",
+        f"{result.tokens_per_s:9.0f} tokens/s",
+    ]
+    if result.itl_ms:
+        parts.append("inter-token " + " / ".join(f"{result.itl_ms[k]:.2f}" for k in ("median", "p95", "p99")) + " ms")
+    parts.append(f"{result.tb_s:.2f} TB/s" + (f" ({result.share:.0%} of copy)" if result.share else ""))
+    parts.append(f"KV {result.kv_gb:.3f} GB")
+    parts += [f"waste {result.kv_waste:.1%}"] if result.kv_waste is not None else []
+    parts += [f"peak {result.peak_gb:.2f} GB"] if result.peak_gb else []
+    parts += [f"{result.differing} differ at near ties"] if result.differing else []
+    return head + "  ".join([*parts, f"first {result.first_s:.1f} s"])
+
+
+def slower(results: Sequence[GenerateResult], baseline: Mapping[str, Any], threshold: float) -> list[str]:
+    """What of regraft got slower than in an earlier run's JSON by more than `threshold`, as a share of its time."""
+    before = {(r["row"], r["candidate"]): r for r in baseline["results"]}
+    lines = []
+    for result in results:
+        old = before.get((result.row, result.candidate))
+        if old is None or old["problem"] or result.candidate != REGRAFT:
+            continue
+        if result.problem:
+            lines.append(f"{result.row}: {result.problem}")
+            continue
+        for what, unit in (("ttft_ms", "time to the first token"), ("step_ms", "step")):
+            now, was = getattr(result, what), old[what]
+            if was and now > was * (1 + threshold):
+                lines.append(f"{result.row}: {unit} {was:.3f} -> {now:.3f} ms")
+    return lines
