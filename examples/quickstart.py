@@ -1,6 +1,6 @@
 """Optimize a model in one line, and see that it writes the same text.
 
-python examples/quickstart.py
+    python examples/quickstart.py
 """
 
 import json
