@@ -20,6 +20,7 @@ from .op import Kernel, Op, Signature
 from .qkv_rope import qkv_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
+from .softmax import softmax
 from .varlen_attention import varlen_attention
 
 OPS: Final[Mapping[str, Op]] = MappingProxyType(
@@ -30,6 +31,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             add_rms_norm,
             layer_norm,
             add_layer_norm,
+            softmax,
             rope,
             norm_rope,
             attention,
@@ -74,12 +76,14 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             rms_norm_triton,
             rope_triton,
             skinny_triton,
+            softmax_triton,
             varlen_attention_triton,
         )
 
         for module in (
             rms_norm_triton,
             layer_norm_triton,
+            softmax_triton,
             rope_triton,
             attention_triton,
             attention_gluon,

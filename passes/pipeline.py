@@ -30,6 +30,7 @@ from . import (
     qkv_rope,
     rms_norm,
     rope,
+    softmax,
 )
 
 
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("activation", Stage.RAISE, activation.RULES),
     Pass("glu", Stage.RAISE, glu.RULES),
     Pass("attention", Stage.RAISE, (attention.SDPA(), *eager_attention.RULES, attention.RepeatKV())),
+    Pass("softmax", Stage.RAISE, softmax.RULES),  # what is left of them: attention has one inside
     Pass("attention_scale", Stage.RAISE, run=attention_scale.attention_scale),
     Pass("masks", Stage.RAISE, run=masks.masks),
     Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),

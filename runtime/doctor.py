@@ -81,6 +81,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, An
         "add_rms_norm": {"x": row, "residual": rand(3, 7, 96), "weight": rand(96), "eps": 1e-6},
         "layer_norm": {"x": row, "weight": rand(96), "bias": rand(96), "eps": 1e-5},
         "add_layer_norm": {"x": row, "residual": rand(3, 7, 96), "weight": rand(96), "bias": rand(96), "eps": 1e-5},
+        "softmax": {"x": row, "compute_dtype": torch.float32, "out_dtype": dtype},
         "rope": {"x": heads, "cos": cos, "sin": sin},
         "norm_rope": {"x": heads, "weight": rand(64), "cos": cos, "sin": sin, "eps": 1e-6},
         "attention": {"q": heads, "k": kv, "v": rand(2, 2, 37, 64), "scale": 0.125, "right": 0},

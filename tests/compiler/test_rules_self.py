@@ -246,6 +246,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "rms_norm_without_weight": norm,
     "layer_norm": layer_norm,
     "centered_rms_norm": centered,
+    "softmax": lambda d: {"x": x(d, 7), "dim": -1, "wide": torch.float64 if d % 2 else None},
     "written_layer_norm": written_norm,
     "divided_rms_norm": written_norm,
     "rope_half": rope,

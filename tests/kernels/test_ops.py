@@ -23,6 +23,7 @@ from regraft.kernels.op import Op, TensorSpec
 from regraft.kernels.qkv_rope import qkv_rope
 from regraft.kernels.rms_norm import add_rms_norm, rms_norm
 from regraft.kernels.rope import norm_rope, rope
+from regraft.kernels.softmax import softmax
 from regraft.kernels.table import OPS, PROVIDERS, op_of, select
 from regraft.kernels.varlen_attention import varlen_attention
 
@@ -44,6 +45,8 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
         (add_rms_norm, (x.transpose(0, 1), x.transpose(0, 1), None, 1e-6)),
         (layer_norm, (q, weight, weight, 1e-5)),
         (add_layer_norm, (x.transpose(0, 1), x.transpose(0, 1), weight, None, 1e-5)),
+        (softmax, (q, torch.float32, HALF)),
+        (softmax, (x[..., ::2],)),
         (rope, (q, cos, sin)),
         (rope, (q[..., :6], cos.float(), sin.float(), "interleaved")),
         (norm_rope, (q, weight, cos, sin, 1e-6, 1.0, None, HALF)),
@@ -137,7 +140,7 @@ class Block(torch.nn.Module):
         tables = (angle[0].cos(), angle[0].sin())
         sizes = (None, None, 4, 2, 16, False, 0.0, 0.0)
         turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *sizes, *self.rest)
-        return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(s, s, "relu") + turned[..., 60:124]
+        return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(softmax(s), s, "relu") + turned[..., 60:124]
 
 
 def test_references_export_with_symbolic_shapes() -> None:

@@ -57,7 +57,7 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
                 for weights, aligned in product((1, 2), (True, False)):
                     plan = linear_act_triton._plan(rows, 4096, 4096, itemsize, weights, aligned)
                     assert select_config("linear", *plan, file=file, limit=limit) is not None
-        for kernel in ("rms_norm", "layer_norm", "rope"):
+        for kernel in ("rms_norm", "layer_norm", "softmax", "rope"):
             for width in (1, 2, 64, 256, 512, 2048, 32768):
                 for rows in (1, 5000):
                     features = {"D": width, "R": rows, "bytes": 2}
@@ -72,6 +72,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
     features = {
         "rms_norm": {"D": 64, "R": 1, "bytes": 2},
         "layer_norm": {"D": 64, "R": 1, "bytes": 2},
+        "softmax": {"D": 64, "R": 1, "bytes": 2},
         "rope": {"D": 64, "R": 1, "bytes": 2},
         "activation": {"N": 64, "R": 1, "bytes": 2, "gated": 0},
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],

@@ -1,0 +1,119 @@
+# mypy: disallow-untyped-defs=False
+"""Softmax in Triton: rows held whole in registers, or, where they are too wide, read twice with a running maximum."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import softmax as ops
+from .launch import TL_DTYPES, collapse, empty, launch, on_device, refuse_tensors
+from .op import Kernel, Signature
+from .rms_norm_triton import refuse_rounding, row_offsets
+from .tuning import RowMemory, choose
+
+WHOLE: Final = 16384
+"""Elements of a row that a program holds; wider rows are read in pieces of this size."""
+
+
+@triton.jit(do_not_specialize=["R", "N1", "N2"])
+def _softmax_kernel(
+    x_ptr,
+    y_ptr,
+    R,
+    N1,
+    N2,
+    D,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    stride_xd,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    cols = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
+    x_rows = row_offsets(rows, N1, N2, stride_x0, stride_x1, stride_x2)
+    x_cols = cols.to(tl.int64) * stride_xd
+    x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=inside, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, axis=1)[:, None])
+    y = (e * (1.0 / tl.sum(e, axis=1))[:, None]).to(COMPUTE_DTYPE)
+    y_rows = rows.to(tl.int64) * D
+    tl.store(y_ptr + y_rows[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N1", "N2"])
+def _long_softmax_kernel(
+    x_ptr,
+    y_ptr,
+    N1,
+    N2,
+    D,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    stride_xd,
+    COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x_ptr += row_offsets(row, N1, N2, stride_x0, stride_x1, stride_x2)
+    y_ptr += row.to(tl.int64) * D
+    cols = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    largest = tl.full([BLOCK_D], -float("inf"), tl.float32)  # of each lane so far
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = start + cols
+        x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(largest, x)
+        reached = tl.where(new == -float("inf"), 0.0, new)  # a lane that has seen nothing finite adds zeros
+        total = total * tl.exp(largest - reached) + tl.exp(x - reached)
+        largest = new
+    top = tl.max(largest, axis=0)
+    scale = 1.0 / tl.sum(total * tl.exp(largest - top), axis=0)
+    for start in range(0, D, BLOCK_D):
+        at = start + cols
+        x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
+        y = (tl.exp(x - top) * scale).to(COMPUTE_DTYPE)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < D)
+
+
+def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """As the op `softmax`; the result is contiguous."""
+    y = empty(x.shape, ops.result_dtype(x.dtype, compute_dtype, out_dtype), x.device)
+    if x.numel() == 0:
+        return y
+    leading = collapse(x.shape[:-1], [x.stride()[:-1]], 3)
+    if leading is None:  # more than three leading dimensions that cannot be merged: work on a copy
+        return softmax(x.contiguous(), compute_dtype, out_dtype)
+    (n0, n1, n2), (strides,) = leading
+    rows, width = n0 * n1 * n2, x.shape[-1]
+    sizes = (n1, n2, width, *strides, x.stride(-1))
+    compute = TL_DTYPES[compute_dtype or x.dtype]
+    block = min(triton.next_power_of_2(width), WHOLE)
+    config = choose("softmax", {"D": block, "R": rows, "bytes": x.element_size()}, RowMemory(block), x.device)
+    with on_device(x):
+        if width > WHOLE:
+            settings = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            launch(_long_softmax_kernel, (rows,), x, y, *sizes, COMPUTE_DTYPE=compute, BLOCK_D=block, **settings)
+        else:
+            grid = (triton.cdiv(rows, config["BLOCK_R"]),)
+            launch(_softmax_kernel, grid, x, y, rows, *sizes, COMPUTE_DTYPE=compute, BLOCK_D=block, **config.launch)
+    return y
+
+
+def _supports(signature: Signature) -> str | None:
+    if not signature["x"].shape:
+        return "x has no dimensions"
+    if signature["compute_dtype"] not in (None, torch.float32, signature["x"].dtype):
+        return f"x is rounded to {signature['compute_dtype']} first"
+    return refuse_tensors(signature, ("x",)) or refuse_rounding(signature, ("compute_dtype", "out_dtype"))
+
+
+KERNELS: Final = (Kernel(ops.softmax, "triton", softmax, _supports),)
