@@ -141,11 +141,7 @@ def _place(node: fx.Node, why: str) -> str:
 def _attention(nodes: list[fx.Node], config: Any, model: nn.Module | None) -> Expectation:
     found = _ops(nodes, ATTENTION)
     raised = set(_ops(nodes, frozenset(["softmax"])))
-    left = [
-        n
-        for n in nodes
-        if n.target in SDPA or ((n.target in SOFTMAX or n in raised) and _is_between_products(n))
-    ]
+    left = [n for n in nodes if n.target in SDPA or ((n.target in SOFTMAX or n in raised) and _is_between_products(n))]
     missing = [_place(n, "attention left as it was") for n in left]
     missing += _unequal_layers(found, model)
     seen = len(found) + len(left)

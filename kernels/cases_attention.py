@@ -66,14 +66,18 @@ _SHAPES: Final = (
     _Shape(64, 12, 12, 197, 197, 64, causal=False),
     _Shape(8, 32, 8, 2048, 2048, 128, causal=False),
     _Shape(8, 12, 12, 512, 512, 64),
+    _Shape(8, 16, 16, 2048, 2048, 80, causal=False),
     _Shape(8, 16, 16, 2048, 2048, 80),
+    _Shape(8, 16, 16, 2048, 2048, 96, causal=False),
     _Shape(8, 16, 16, 2048, 2048, 96),
+    _Shape(4, 16, 16, 2048, 2048, 256, causal=False),
     _Shape(4, 8, 4, 4096, 4096, 256),
     _Shape(4, 16, 16, 2048, 2048, 192, 128),
     _Shape(1, 32, 8, 16384, 16384, 128, window=4096),
     _Shape(1, 8, 4, 4096, 4096, 256, softcap=50.0),
     _Shape(2, 32, 8, 8192, 8192, 128, softcap=50.0),
     _Shape(2, 64, 8, 4096, 4096, 64, sinks=True),
+    _Shape(2, 64, 8, 4096, 4096, 64, window=128, sinks=True),
     _Shape(2, 32, 32, 2048, 2048, 128, alibi=True),
     _Shape(1, 32, 8, 1, 8192, 128),
 )
@@ -91,7 +95,8 @@ def attentions(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _arguments(shape: _Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    q = randn(dtype, device, shape.batch, shape.queries, shape.heads, shape.width).transpose(1, 2)
+    spread = shape.softcap or 1.0  # of the scores: a third of them is beyond the cap
+    q = randn(dtype, device, shape.batch, shape.queries, shape.heads, shape.width, scale=spread).transpose(1, 2)
     k = randn(dtype, device, shape.batch, shape.keys, shape.kv_heads, shape.width).transpose(1, 2)
     v = randn(dtype, device, shape.batch, shape.keys, shape.kv_heads, shape.value_width or shape.width).transpose(1, 2)
     made: Arguments = {"q": q, "k": k, "v": v, "scale": shape.width**-0.5, "softcap": shape.softcap}
@@ -121,12 +126,17 @@ def _sdpa(shape: _Shape, backend: SDPBackend) -> Peer:
     return prepare
 
 
+def compiled(function: Callable[..., Any]) -> Any:
+    """For one case: without those before it there is no limit of recompilations to reach."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def compiled_flex() -> Any:
-    """FlexAttention, compiled for one case: without those before it there is no limit of recompilations to reach."""
+    """FlexAttention alone, compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch.compiler.reset()
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention)
 
 
 @functools.lru_cache(maxsize=1)
@@ -150,7 +160,7 @@ def _flex_of(shape: _Shape, dtype: torch.dtype, device: torch.device) -> tuple[A
     mask = create_block_mask(visible, None, None, shape.queries, shape.keys, device=device)
     options = {"block_mask": mask, "scale": shape.width**-0.5, "enable_gqa": shape.heads != shape.kv_heads}
     options |= {"score_mod": score} if softcap or bias is not None else {}
-    return compiled_flex(), options
+    return compiled(_flex_whole), options
 
 
 def _alibi(shape: _Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -163,14 +173,19 @@ def _flex(shape: _Shape, arguments: Arguments) -> Callable[[], Tensor]:
     q, k, v, sinks = arguments["q"], arguments["k"], arguments["v"], arguments.get("sinks")
     run, options = _flex_of(shape, q.dtype, q.device)
 
-    def call() -> Tensor:
-        if sinks is None:
-            return run(q, k, v, **options).transpose(1, 2).contiguous()
-        y, lse = run(q, k, v, return_lse=True, **options)
-        y = y * torch.sigmoid(lse - sinks[None, :, None])[..., None]
-        return y.to(q.dtype).transpose(1, 2).contiguous()
+    return lambda: run(q, k, v, sinks, options)
 
-    return call
+
+def _flex_whole(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """FlexAttention with what follows it, in one compiled function."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if sinks is None:
+        y: Tensor = flex_attention(q, k, v, **options)
+        return y.transpose(1, 2).contiguous()
+    y, lse = flex_attention(q, k, v, return_lse=True, **options)
+    y = y * torch.sigmoid(lse - sinks[None, :, None])[..., None]
+    return y.to(q.dtype).transpose(1, 2).contiguous()
 
 
 def _parts(arguments: Arguments) -> list[Part]:

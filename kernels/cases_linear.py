@@ -16,7 +16,7 @@ from .linear_act import gate_up, linear_act
 from .norm_linear import norm_linear
 from .op import Op
 
-_LARGE: Final = (2048, 8192)
+_LARGE: Final = (2048, 4096, 8192)
 _SMALL: Final = (1, 2, 4, 8, 16, 32, 64)
 
 _GEMMS: Final = (

@@ -1,9 +1,9 @@
-"""Cases of mixtures of experts. Peers: `torch._grouped_mm` on sorted tokens, and for few tokens the loop of experts."""
+"""Cases of mixtures of experts. Peers: `torch._grouped_mm` on sorted tokens, and the experts of transformers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -41,8 +41,8 @@ def experts(dtype: torch.dtype) -> Iterator[Case]:
                 }
 
             peers: dict[str, Peer] = {"grouped_mm": plain(_grouped)}
-            if tokens < 64:
-                peers["loop over experts"] = plain(moe_experts.reference)
+            for implementation in ("grouped_mm", "eager"):
+                peers[f"transformers, {implementation}"] = functools.partial(_transformers, implementation)
             name = f"{of}: {tokens} tokens, {chosen} of {count} experts, {width} x {inside}"
             yield Case(moe_experts, name, dtype, arguments, peers, _some_tokens)
 
@@ -58,6 +58,26 @@ def _grouped(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Ten
     y = y * top_k_weights.reshape(-1)[order, None]
     ordered = torch.empty_like(y).index_copy_(0, order, y)
     return ordered.view(*top_k_index.shape, -1).sum(dim=1)
+
+
+def _transformers(implementation: str, arguments: Arguments) -> Callable[[], Tensor]:
+    """The module of transformers' own code; `eager` waits for the device to say which experts were chosen."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    up, down = arguments["up"], arguments["down"]
+    config = MixtralConfig(
+        num_local_experts=up.shape[0],
+        hidden_size=up.shape[2],
+        intermediate_size=down.shape[2],
+        hidden_act=arguments["kind"],
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = MixtralExperts(config)
+    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w, requires_grad=False) for w in (up, down))
+    given = [arguments[n] for n in ("hidden", "top_k_index", "top_k_weights")]
+    return lambda: experts(*given)
 
 
 def _some_tokens(arguments: Arguments) -> list[Part]:

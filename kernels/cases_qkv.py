@@ -13,15 +13,16 @@ from .qkv_rope import qkv_rope
 
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 2048, 8192)
 _MODELS: Final = (
-    # of, width, q heads, kv heads, head dim, norm of q and k
-    ("llama-8B", 4096, 32, 8, 128, False),
-    ("Qwen3-0.6B", 1024, 16, 8, 128, True),
+    # of, width, q heads, kv heads, head dim, norm of q and k, bias
+    ("llama-8B", 4096, 32, 8, 128, False, False),
+    ("Qwen3-0.6B", 1024, 16, 8, 128, True, False),
+    ("Qwen2.5-7B", 3584, 28, 4, 128, False, True),
 )
 
 
 def qkv_ropes(dtype: torch.dtype) -> Iterator[Case]:
-    """The projections of two models at few rows and at many."""
-    for of, width, heads, kv_heads, head, norm in _MODELS:
+    """The projections of three models at few rows and at many."""
+    for of, width, heads, kv_heads, head, norm, bias in _MODELS:
         for rows in _ROWS:
 
             def arguments(
@@ -32,6 +33,7 @@ def qkv_ropes(dtype: torch.dtype) -> Iterator[Case]:
                 kv_heads: int = kv_heads,
                 head: int = head,
                 norm: bool = norm,
+                bias: bool = bias,
             ) -> Arguments:
                 n = (heads + 2 * kv_heads) * head
                 gains = [randn(dtype, device, head) if norm else None for _ in range(2)]
@@ -39,7 +41,7 @@ def qkv_ropes(dtype: torch.dtype) -> Iterator[Case]:
                 return {
                     "x": randn(dtype, device, 1, rows, width),
                     "weight": randn(dtype, device, n, width, scale=width**-0.5),
-                    "bias": None,
+                    "bias": randn(dtype, device, n) if bias else None,
                     "cos": cos,
                     "sin": sin,
                     "q_weight": gains[0],
@@ -55,7 +57,7 @@ def qkv_ropes(dtype: torch.dtype) -> Iterator[Case]:
                     "compute_dtype": None,
                 }
 
-            steps = "norm, rope" if norm else "rope"
+            steps = "norm, rope" if norm else "bias, rope" if bias else "rope"
             name = f"{of}: {rows} x {width} -> {heads} + 2 x {kv_heads} heads of {head}, {steps}"
             peers = {f"cuBLAS, {steps} kernel in place": _two_kernels, "cuBLAS, eager": plain(qkv_rope.reference)}
             yield Case(qkv_rope, name, dtype, arguments, peers, some_rows("x", "cos", "sin"))

@@ -1,4 +1,4 @@
-"""Cases of ops on rows: norms, rotary embedding, activations. Their peer is PyTorch, their limit a copy."""
+"""Cases of ops on rows: norms, softmax, rotary embedding, activations. Their peer is PyTorch, their limit a copy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .case import EPS, Arguments, Case, plain, randn, some_rows, whole
 from .layer_norm import add_layer_norm, layer_norm
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
+from .softmax import softmax
 
 
 def norms(dtype: torch.dtype) -> Iterator[Case]:
@@ -53,6 +54,22 @@ def _add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     s = x + residual
     return F.rms_norm(s, s.shape[-1:], weight, eps), s
+
+
+def softmaxes(dtype: torch.dtype) -> Iterator[Case]:
+    """One row of router logits, then 64 MB and more; the last does not fit into a program's registers."""
+    for rows, width in [(1, 4096), (65536, 128), (65536, 768), (8192, 4096), (4096, 16384), (1024, 128256)]:
+
+        def one(device: torch.device, rows: int = rows, width: int = width) -> Arguments:
+            x = randn(dtype, device, rows, width, scale=2.0)
+            return {"x": x, "compute_dtype": torch.float32, "out_dtype": dtype}
+
+        peers = {"softmax, to": plain(softmax.reference), "softmax": plain(_softmax)}
+        yield Case(softmax, f"{rows} rows of {width}", dtype, one, peers, some_rows("x"))
+
+
+def _softmax(x: Tensor, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    return torch.softmax(x, -1)
 
 
 def ropes(dtype: torch.dtype) -> Iterator[Case]:

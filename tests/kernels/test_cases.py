@@ -12,7 +12,7 @@ from regraft.kernels import cases_attention, cases_varlen
 from regraft.kernels.attention import attention
 from regraft.kernels.case import Case, some_rows
 from regraft.kernels.cases import cases
-from regraft.kernels.cases_moe import _grouped, _some_tokens
+from regraft.kernels.cases_moe import _grouped, _some_tokens, _transformers
 from regraft.kernels.moe import moe_experts
 from regraft.kernels.table import OPS
 from regraft.kernels.varlen_attention import varlen_attention
@@ -84,14 +84,15 @@ def test_rows_come_from_beginning_middle_and_end() -> None:
     ids=str,
 )
 def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(cases_attention, "compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(cases_attention, "compiled", lambda function: function)
     cases_attention._flex_of.cache_clear()
     sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 40, "keys": 40, "width": 16}
     shape = cases_attention._Shape(**{**sizes, **more})
     arguments = cases_attention._arguments(shape, torch.float32, torch.device("cpu"))
     expected = attention.reference(**arguments)
+    if shape.softcap:
+        scores = arguments["q"] @ arguments["k"].repeat_interleave(2, 1).mT * arguments["scale"]
+        assert 0.2 < (scores.abs() > shape.softcap).float().mean() < 0.5, "the cap is reached"
     if shape.plain:
         peer = cases_attention._sdpa(shape, cases_attention.SDPBackend.MATH)
         assert torch.allclose(peer(arguments)(), expected, rtol=1e-4, atol=1e-5)
@@ -104,9 +105,7 @@ def test_attention_peers_and_parts(more: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(cases_attention, "compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(cases_attention, "compiled", lambda function: function)
     cases_varlen._flex_of.cache_clear()
     size = (3, 9, 4, 2, 16)
     arguments = cases_varlen._arguments(size, torch.float32, torch.device("cpu"))
@@ -128,5 +127,7 @@ def test_experts_peer_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments |= {"up": torch.randn(6, 20, 8), "down": torch.randn(6, 8, 10)}
     expected = moe_experts.reference(**arguments)
     assert torch.allclose(_grouped(**arguments), expected, rtol=1e-4, atol=1e-4)
+    for implementation in ("eager", "batched_mm"):
+        assert torch.allclose(_transformers(implementation, arguments)(), expected, rtol=1e-4, atol=1e-4)
     for part, pick in _some_tokens(arguments):
         assert torch.allclose(moe_experts.reference(**part), pick(expected), rtol=1e-4, atol=1e-4)

@@ -140,7 +140,11 @@ class Block(torch.nn.Module):
         tables = (angle[0].cos(), angle[0].sin())
         sizes = (None, None, 4, 2, 16, False, 0.0, 0.0)
         turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *sizes, *self.rest)
-        return linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new") + glu(softmax(s), s, "relu") + turned[..., 60:124]
+        return (
+            linear_act(y, self.qkv.weight.t()[:, :128], None, "gelu_new")
+            + glu(softmax(s), s, "relu")
+            + turned[..., 60:124]
+        )
 
 
 def test_references_export_with_symbolic_shapes() -> None:
