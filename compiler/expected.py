@@ -27,7 +27,6 @@ from .provenance import module_of, source_of
 aten = torch.ops.aten
 
 NORMS: Final = frozenset(["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_rope"])
-NORM_LINEAR: Final = frozenset(["norm_linear"])
 QKV_ROPE: Final = qkv_rope.name
 """The projection to q, k and v with both rotations and, where it has them, both norms."""
 ATTENTION: Final = frozenset(["attention"])
@@ -81,7 +80,7 @@ def expectations(
         _attention(nodes, config, model),
         _kind(
             "norm",
-            [*_ops(nodes, NORMS | NORM_LINEAR), *_heads(nodes, normalised=True)],
+            [*_ops(nodes, NORMS), *_heads(nodes, normalised=True)],
             [n for n in nodes if _is_norm_left(n)],
             "a norm left as it was",
         ),
@@ -293,7 +292,7 @@ def _linears(value: Any) -> set[fx.Node]:
             continue
         seen.add(node)
         op = called_op(node.target)
-        if node.target in LINEARS or (op is not None and op.name in NORM_LINEAR | {QKV_ROPE}):
+        if node.target in LINEARS or (op is not None and op.name == QKV_ROPE):
             found.add(node)
             continue
         passes_on = role_of(node) in (Role.VIEW, Role.CAST) or node.target in (operator.getitem, aten.cat.default)

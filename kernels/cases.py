@@ -8,7 +8,7 @@ import torch
 
 from .case import Case
 from .cases_attention import attentions
-from .cases_linear import gate_ups, linears, norm_linears
+from .cases_linear import gate_ups, linears
 from .cases_moe import experts
 from .cases_qkv import qkv_ropes
 from .cases_rows import elementwise, norms, ropes, softmaxes
@@ -19,7 +19,7 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Mapping[str, tuple[Case, ...]]
     """The cases by op name, with tensors of this dtype."""
     found: dict[str, tuple[Case, ...]] = {}
     attention = (attentions, varlen_attentions)
-    for make in (norms, softmaxes, ropes, *attention, elementwise, linears, gate_ups, norm_linears, qkv_ropes, experts):
+    for make in (norms, softmaxes, ropes, *attention, elementwise, linears, gate_ups, qkv_ropes, experts):
         for case in make(dtype):
             found[case.op.name] = (*found.get(case.op.name, ()), case)
     return found

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation import activate, glu
-from .case import EPS, Arguments, Case, plain, randn, some_rows
+from .case import Arguments, Case, plain, randn, some_rows
 from .choice import choose
 from .linear_act import gate_up, linear_act
-from .norm_linear import norm_linear
 from .op import Op
 
 _LARGE: Final = (2048, 4096, 8192)
@@ -90,22 +89,3 @@ def best_kernel(op: Op, *args: object) -> Callable[..., Tensor]:
     fitting = [k for k in PROVIDERS.get(op.name, ()) if k.supports(op.signature(*args)) is None]
     device = next(a.device for a in args if isinstance(a, Tensor))
     return choose(op, fitting, args, device).run if fitting else op.reference
-
-
-def norm_linears(dtype: torch.dtype) -> Iterator[Case]:
-    """RMSNorm in front of llama-8B's QKV."""
-    for rows in (1, 16, 2048):
-
-        def arguments(device: torch.device, rows: int = rows) -> Arguments:
-            gain, weight = randn(dtype, device, 4096), randn(dtype, device, 6144, 4096, scale=4096**-0.5)
-            x = randn(dtype, device, rows, 4096)
-            return {"x": x, "norm_weight": gain, "weight": weight, "bias": None, "eps": EPS, "mid_dtype": dtype}
-
-        peers = {"F.rms_norm, cuBLAS": plain(_norm_linear)}
-        yield Case(norm_linear, f"{rows} x 4096 -> 6144", dtype, arguments, peers, some_rows("x"))
-
-
-def _norm_linear(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mid_dtype: torch.dtype
-) -> Tensor:
-    return F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, eps).to(mid_dtype), weight, bias)

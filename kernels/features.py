@@ -51,11 +51,6 @@ def _linear(args: Sequence[Any]) -> Features:
     return {"M": _rows(x), "N": n, "K": k, "bytes": x.element_size(), "bias": int(bias is not None)}
 
 
-def _norm_linear(args: Sequence[Any]) -> Features:
-    x, _, weight, bias = args[:4]
-    return _linear((x, weight, bias))
-
-
 def _experts(args: Sequence[Any]) -> Features:
     """T tokens, D = width, E experts, R = rows of an expert on average (rounded up), bytes."""
     x, index, experts = args[0], args[1], args[3].shape[0]
@@ -69,7 +64,6 @@ _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyT
         "linear_act": _linear,
         "gate_up": _linear,
         "qkv_rope": _linear,
-        "norm_linear": _norm_linear,
         "moe_experts": _experts,
     }
 )

@@ -66,19 +66,18 @@ def _long_softmax_kernel(
     x_ptr += row_offsets(row, N1, N2, stride_x0, stride_x1, stride_x2)
     y_ptr += row.to(tl.int64) * D
     cols = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    largest = tl.full([BLOCK_D], -float("inf"), tl.float32)  # of each lane so far
-    total = tl.zeros([BLOCK_D], tl.float32)
+    top, total = -float("inf"), 0.0
     for start in range(0, D, BLOCK_D):
         at = start + cols
         x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
-        new = tl.maximum(largest, x)
-        reached = tl.where(new == -float("inf"), 0.0, new)  # a lane that has seen nothing finite adds zeros
-        total = total * tl.exp(largest - reached) + tl.exp(x - reached)
-        largest = new
-    top = tl.max(largest, axis=0)
-    scale = 1.0 / tl.sum(total * tl.exp(largest - top), axis=0)
-    for start in range(0, D, BLOCK_D):
-        at = start + cols
+        new = tl.maximum(top, tl.max(x, axis=0))
+        reached = tl.where(new == -float("inf"), 0.0, new)  # where nothing is finite so far, zeros are added
+        total = total * tl.exp(top - reached) + tl.sum(tl.exp(x - reached), axis=0)
+        top = new
+    scale = 1.0 / total
+    pieces = tl.cdiv(D, BLOCK_D)
+    for i in range(pieces):
+        at = (pieces - 1 - i) * BLOCK_D + cols  # the last pieces first: they are still in L2
         x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
         y = (tl.exp(x - top) * scale).to(COMPUTE_DTYPE)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < D)

@@ -15,7 +15,6 @@ from .attention import attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
 from .moe import moe_experts
-from .norm_linear import norm_linear
 from .op import Kernel, Op, Signature
 from .qkv_rope import qkv_rope
 from .rms_norm import add_rms_norm, rms_norm
@@ -40,7 +39,6 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             glu,
             linear_act,
             gate_up,
-            norm_linear,
             qkv_rope,
             moe_experts,
         )
@@ -70,7 +68,6 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             linear_act_wgmma,
             moe_torch,
             moe_triton,
-            norm_linear_triton,
             qkv_rope_triton,
             qkv_rope_wgmma,
             rms_norm_triton,
@@ -96,7 +93,6 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             linear_act_wgmma,
             qkv_rope_wgmma,
             qkv_rope_triton,
-            norm_linear_triton,
             moe_triton,
             moe_torch,
         ):

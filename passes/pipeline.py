@@ -22,7 +22,6 @@ from . import (
     linear_act,
     lower,
     masks,
-    norm_linear,
     norm_rope,
     outputs,
     pack,
@@ -59,7 +58,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("add_norm", Stage.FUSE, add_norm.RULES),
     Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
     Pass("qkv_rope", Stage.FUSE, qkv_rope.RULES),
-    Pass("norm_linear", Stage.FUSE, norm_linear.RULES),
     Pass("written_norm", Stage.FUSE, (*_of(Stage.FUSE, layer_norm), *_of(Stage.FUSE, rms_norm))),
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),

@@ -88,14 +88,6 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, An
         "activation": {"x": row, "kind": "silu"},
         "glu": {"gate": row, "up": rand(3, 7, 96), "kind": "silu"},
         "linear_act": {"x": row, "weight": rand(80, 96) / 10, "bias": bias, "kind": "gelu"},
-        "norm_linear": {
-            "x": row,
-            "norm_weight": rand(96),
-            "weight": rand(80, 96) / 10,
-            "bias": None,
-            "eps": 1e-6,
-            "out_dtype": dtype,
-        },
         "qkv_rope": {
             "x": rand(2, 37, 96),
             "weight": rand(8 * 64, 96) / 10,

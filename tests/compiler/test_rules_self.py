@@ -186,12 +186,6 @@ def add_layer_norm(draw: int) -> dict[str, Any]:
     return {"x": x(draw, width), "residual": x(draw, width), **given}
 
 
-def norm_linear(draw: int) -> dict[str, Any]:
-    inner = 5 + 2 * draw
-    norm = {"norm_weight": weight(inner), "eps": 1e-6, "offset": float(draw % 2), "mid_dtype": None, "out_dtype": None}
-    return {"x": x(draw, inner), **norm, "weight": weight(9, inner), "bias": weight(9) if draw % 2 else None}
-
-
 def qkv_rope(draw: int) -> dict[str, Any]:
     """By turns with the heads in front of the sequence and behind it."""
     batch, length, head, inner = 3 - draw % 2, 5 + 2 * draw, 6, 7
@@ -259,7 +253,6 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "glu": lambda d: {"gate": x(d, 7), "up": x(d, 7), "kind": ("silu", "gelu")[d % 2]},
     "sdpa_attention": sdpa,
     "repeat_kv": repeat_kv,
-    "norm_linear": norm_linear,
     "qkv": siblings,
     "qkv_rope": qkv_rope,
     "gate_up": gate_up,

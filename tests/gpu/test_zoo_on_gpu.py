@@ -46,7 +46,7 @@ def _check(name: str, dtype: torch.dtype) -> None:
     by_triton = {label.split(" -> ")[0] for label in kernels if "triton" in label.split(" -> ")[1].split(" or ")}
     by_reference = {label.split(" -> ")[0] for label in kernels if label.endswith("reference")}
     assert by_reference <= {"moe_experts"}, kernels
-    assert {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "norm_linear"} & by_triton, kernels
+    assert {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"} & by_triton, kernels
     assert name == "mamba2" or "attention" in by_triton, kernels
 
 

@@ -18,7 +18,6 @@ from regraft.kernels.cost import Cost, nbytes, sizes
 from regraft.kernels.launch import INTERPRETED, collapse
 from regraft.kernels.layer_norm import add_layer_norm, layer_norm
 from regraft.kernels.linear_act import gate_up, linear_act
-from regraft.kernels.norm_linear import norm_linear
 from regraft.kernels.op import Op, TensorSpec
 from regraft.kernels.qkv_rope import qkv_rope
 from regraft.kernels.rms_norm import add_rms_norm, rms_norm
@@ -58,7 +57,6 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
         (glu, (x[..., :4], x[..., 4:], "silu")),
         (linear_act, (x.transpose(0, 1), square, square[:, 0], "gelu")),
         (gate_up, (x, square, None, "silu")),
-        (norm_linear, (x, weight, square, square[:, 0], 1e-6, 0.0, HALF)),
         (qkv_rope, (x, torch.randn(24, 8, dtype=HALF), None, cos[0], sin[0], weight, weight, 1, 1, 8, *normed)),
     ]
 
@@ -136,7 +134,7 @@ class Block(torch.nn.Module):
         y = attention(q, k, v, bias=bias, key_mask=x[..., 0] > -9, sinks=self.norm[:4], scale=0.25, left=5, right=0)
         y, s = add_rms_norm(y.reshape(batch, length, 64), x, None, 1e-6)
         y, s = add_layer_norm(gate_up(y, self.qkv.weight, None, "silu"), s, None, None, 1e-5)
-        y = norm_linear(y, None, self.qkv.weight[:, :64], self.qkv.bias, 1e-6)
+        y = torch.nn.functional.linear(y, self.qkv.weight[:, :64], self.qkv.bias)
         tables = (angle[0].cos(), angle[0].sin())
         sizes = (None, None, 4, 2, 16, False, 0.0, 0.0)
         turned = qkv_rope(x, self.qkv.weight, self.qkv.bias, *tables, *sizes, *self.rest)

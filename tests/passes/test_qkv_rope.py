@@ -18,7 +18,7 @@ from regraft.kernels.table import op_of
 from regraft.passes.pipeline import compile_program
 
 LAYERS = 2
-WITHOUT = {"lower": False, "norm_linear": False}
+WITHOUT = {"lower": False}
 """At a width of 64 the norm in front of the projection is cheaper to fuse."""
 
 
