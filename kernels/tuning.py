@@ -210,14 +210,14 @@ _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", defa
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Asked]]:
-    """The configurations that launches in the block ask for."""
-    seen: list[Asked] = []
+def recorded(into: list[Asked] | None = None) -> Iterator[list[Asked]]:
+    """The configurations that launches in the block ask for, appended to `into` or to a new list."""
+    seen = [] if into is None else into
     _observers.append(seen)
     try:
         yield seen
     finally:
-        _observers.remove(seen)
+        _observers[:] = [o for o in _observers if o is not seen]  # by identity: empty lists are equal
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import filelock
+
 from .config import Config
 
 log = logging.getLogger("regraft")
@@ -113,8 +115,18 @@ def _kind(name: str, one: int, other: int) -> bool:
 
 
 def store(device: str, kernel: str, features: Features, config: Config, us: float) -> None:
-    """Add or replace one entry; the file is replaced as a whole, so that a reader never sees half of it."""
+    """Add or replace one entry; the file is replaced as a whole, so that a reader never sees half of it.
+
+    Processes that tune at the same time take turns, and each adds to what the others have stored.
+    """
     file = path(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        _store(file, device, kernel, features, config, us)
+    entries.cache_clear()
+
+
+def _store(file: Path, device: str, kernel: str, features: Features, config: Config, us: float) -> None:
     try:
         kernels = _read(file)
         _parse(kernels)
@@ -123,9 +135,7 @@ def store(device: str, kernel: str, features: Features, config: Config, us: floa
         os.replace(file, file.with_suffix(".unreadable"))
     kept = [e for e in kernels.get(kernel, []) if bucket(e["features"]) != bucket(features)]
     kernels[kernel] = [*kept, {"features": dict(features), "config": config.launch, "us": round(us, 3)}]
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
         json.dump({"device": device, "kernels": kernels}, out, indent=1)
     os.chmod(out.name, 0o644)
     os.replace(out.name, file)
-    entries.cache_clear()

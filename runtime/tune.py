@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -70,12 +70,64 @@ def tune(
     """Optimize the model, run it at each (batch, length), and tune what its kernels asked for there."""
     device = next(model.parameters()).device
     optimize(model, verbose=False, on_error="raise")
-    asked: list[Asked] = []
+    asked = Questions(tuning_cache.entries(tuning.device_limits(device)[0]))
     for shape in shapes:
-        with tuning.recorded() as seen:
+        with tuning.recorded(asked):
             bound_call(model, inputs_for(model, *shape))()
-        asked += seen
     return tune_asked(asked, device, say=say, limit_s=limit_s)
+
+
+class Questions(list[Asked]):
+    """The first question for each kernel and bucket without an entry, with no tensor of the model's alive."""
+
+    def __init__(self, known: Mapping[str, Mapping[tuning_cache.Bucket, Config]]) -> None:
+        super().__init__()
+        self._seen = {(kernel, bucket) for kernel, entries in known.items() for bucket in entries}
+
+    def append(self, question: Asked) -> None:
+        """Keep it, if it is a new one."""
+        place = (question.kernel, tuning_cache.bucket(dict(question.features)))
+        if question.call is None or place in self._seen:
+            return
+        self._seen.add(place)
+        run, args = question.call
+        super().append(replace(question, call=(run, tuple(Likeness.of(a) for a in args))))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A floating-point tensor without its numbers: `make` gives random ones of the same spread."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """The likeness of such a tensor; anything else as it is, tensors of indices and infinities among them."""
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.numel() < 2:
+            return value
+        once = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+        if once.numel() < 2:
+            return value
+        spread, mean = (float(t) for t in torch.std_mean(once.detach().float()))
+        if not math.isfinite(spread + mean):
+            return value
+        return cls(tuple(value.shape), value.stride(), value.dtype, value.device, mean, spread)
+
+    @property
+    def nbytes(self) -> int:
+        """As of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def make(self) -> torch.Tensor:
+        """A tensor with memory of its own; elements that shared memory share it again."""
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        numbers = torch.empty(span, dtype=self.dtype, device=self.device).normal_(self.mean, self.spread)
+        return numbers.as_strided(self.shape, self.strides)
 
 
 def tune_asked(
@@ -158,7 +210,7 @@ class _Trial:
         assert question.call is not None
         self._question = question
         self._run, args = question.call
-        nbytes = sum(t.nbytes for t in args if isinstance(t, torch.Tensor))
+        nbytes = sum(t.nbytes for t in args if isinstance(t, torch.Tensor | Likeness))
         count = min(24, max(2, math.ceil(COPIES_BYTES / max(nbytes, 1)))) if device.type == "cuda" else 1
         self.small = nbytes * count < COPIES_BYTES
         self._copies = [tuple(copied(a) for a in args) for _ in range(count)]
@@ -182,7 +234,7 @@ class _Trial:
         return True
 
     def try_all(self, configs: Sequence[Config]) -> list[Config]:
-        """Those that run; compiled in parallel, until there is no time left."""
+        """Those that run; compiled in parallel. None is begun when no time is left, and all have ended on return."""
         with quiet():
             return self._try_all(configs)
 
@@ -190,8 +242,8 @@ class _Trial:
         pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
         started = {pool.submit(self.add, c): c for c in configs}
         wait(started, timeout=max(0.0, self._until - time.monotonic()))
-        pool.shutdown(wait=False, cancel_futures=True)
-        return [c for f, c in started.items() if f.done() and not f.cancelled() and f.result()]
+        pool.shutdown(wait=True, cancel_futures=True)  # what is being compiled would disturb what is timed next
+        return [c for f, c in started.items() if not f.cancelled() and f.result()]
 
     @property
     def late(self) -> bool:
@@ -286,6 +338,8 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def copied(value: Any) -> Any:
     """A tensor with the same sizes, strides and numbers in memory of its own; other values as they are."""
+    if isinstance(value, Likeness):
+        return value.make()
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
         return value
     span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))

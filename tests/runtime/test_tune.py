@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from regraft.kernels.config import Config
 from regraft.kernels.tuning import Asked, RowMemory, calling, choose, forced, recorded
 from regraft.runtime import tune as module
 from regraft.runtime.cli import main
-from regraft.runtime.tune import copied, neighbours, same, tune_asked, work
+from regraft.runtime.tune import Likeness, Questions, copied, neighbours, same, tune_asked, work
 
 CPU = torch.device("cpu")
 DEVICE = "some_gpu"
@@ -75,7 +80,7 @@ def test_the_best_is_found_kept_and_used(cache: Path) -> None:
     (found,) = tune_asked([question, question], CPU, say=said.append, measure=times(best))
     assert found.config.launch == {"BLOCK_N": 2048, "num_warps": 8, "num_stages": found.config.num_stages}
     assert found.us < found.before_us and found.tried > 5
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.json")
     assert file.name.startswith(f"{DEVICE}-triton") and json.loads(file.read_text())["kernels"]["activation"]
     assert ask(5000).config == found.config and ask(4500).config == found.config, "the same bucket"
     assert any(line.startswith("[####################] 1/1") for line in said)
@@ -226,3 +231,85 @@ def test_compilers_are_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
         os.write(2, b"a page of intermediate code\n")
     os.write(2, b"an error\n")
     assert capfd.readouterr().err == "an error\n"
+
+
+def test_tuners_at_the_same_time_keep_each_others_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tuning_cache._read
+
+    def slow(file: Path) -> Any:
+        found = read(file)
+        time.sleep(0.01)  # so that all would have read before one has written
+        return found
+
+    monkeypatch.setattr(tuning_cache, "_read", slow)
+    config = Config((("BLOCK_N", 64),), 1, 1)
+    sizes = [1 << i for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda n: tuning_cache.store(DEVICE, "activation", {"N": n}, config, 1.0), sizes))
+    assert set(tuning_cache.entries(DEVICE)["activation"]) == {(("N", n),) for n in sizes}
+
+
+def test_questions_keep_one_a_bucket_and_no_tensor_alive() -> None:
+    known = {"activation": {tuning_cache.bucket({"N": 600, "R": 1, "bytes": 4, "gated": 0}): Config((), 1, 1)}}
+    asked = Questions(known)
+    alive = []
+    for n in (5000, 4500, 600, 9000, 5000):
+        x = torch.randn(3, n) * 3 + 1
+        alive.append(weakref.ref(x))
+        with recorded(asked), calling(launcher, (x,)):
+            launcher(x)
+    del x
+    gc.collect()
+    assert not [r for r in alive if r() is not None]
+    assert [dict(q.features)["N"] for q in asked] == [5000, 9000]
+    assert asked[0].call is not None
+    (like,) = asked[0].call[1]
+    made = like.make()
+    assert made.shape == (3, 5000) and abs(made.std() - 3) < 0.2 and abs(made.mean() - 1) < 0.2
+    (found, _) = tune_asked(asked, CPU, measure=times(Config((("BLOCK_N", 2048),), 8, 1)))
+    assert found.config["BLOCK_N"] == 2048
+
+
+def test_a_likeness_has_strides_and_spread_but_indices_and_infinities_are_kept() -> None:
+    base = torch.randn(4, 60, 10) * 5
+    for t in (base.transpose(0, 2), base[:1].expand(5, -1, -1), base[:, 3:50, ::2]):
+        like = Likeness.of(t)
+        made = copied(like)
+        assert (made.shape, made.stride(), like.nbytes) == (t.shape, t.stride(), t.numel() * 4)
+        assert abs(made.std() / t.std() - 1) < 0.2
+    mask = torch.full((3, 3), -torch.inf)
+    for value in (torch.arange(5), mask, torch.tensor(2.0), "gelu", None):
+        assert Likeness.of(value) is value
+
+
+def test_nothing_is_compiled_while_it_is_timed() -> None:
+    running, most = set[int](), []
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        me = threading.get_ident()
+        running.add(me)
+        try:
+            y = launcher(x)
+            time.sleep(0.05)
+        finally:
+            running.discard(me)
+        return y
+
+    def measure(calls: Mapping[str, Any], small: bool) -> dict[str, float]:
+        most.append(len(running))
+        return dict.fromkeys(calls, 1.0)
+
+    x = torch.randn(3, 5000)
+    with recorded() as seen, calling(slow, (x,)):
+        launcher(x)
+    (found,) = tune_asked(seen, CPU, measure=measure, limit_s=0.06)
+    assert most and max(most) == 0
+    assert found.tried < 17, "none was begun after the limit"
+
+
+def test_recordings_inside_each_other_end_in_their_order() -> None:
+    with recorded() as outer:
+        with recorded():
+            pass
+        ask_again = ask(5000)
+    assert ask_again in outer
