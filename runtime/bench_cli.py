@@ -120,7 +120,7 @@ def _ablate(args: argparse.Namespace) -> int:
     bench = ablate(
         load(args, device_of(args)),
         (args.batch, args.length),
-        name=name_of(args.model),
+        name=name_of(args.model) + (f" ({args.layers} layers)" if args.layers is not None else ""),
         passes=args.passes,
         rounds=args.rounds,
         calls=args.calls,
