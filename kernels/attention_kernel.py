@@ -63,6 +63,14 @@ def _soften(s, scale, softcap, NATURAL: tl.constexpr, PRECISE: tl.constexpr):
     return y
 
 
+@triton.jit
+def _clear_behind(o_ptr, first, last):
+    """Zeroes elements [first, last) of o: the rows behind the last sequence; every program takes a share."""
+    for start in range(first + tl.program_id(0) * 1024, last, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        tl.store(o_ptr + at, tl.zeros((1024,), o_ptr.dtype.element_ty), mask=at < last)
+
+
 # Sizes, and the strides that change with them, are not specialised: a new length must not compile a new kernel.
 _SIZES: Final = ("B", "Q", "K", "Q_BLOCKS", "SPLITS", "ROWS", "left", "right", "stride_tb")
 _STRIDES: Final = tuple(f"stride_{name}" for name in ("qb", "qh", "qq", "kb", "kh", "kk", "vb", "vh", "vk"))
@@ -153,6 +161,8 @@ def attention_kernel(
     k_first = batch * K
     q_base = q_ptr + batch * stride_qb * ALIGN
     if VARLEN:
+        if not SPLIT:
+            _clear_behind(o_ptr, tl.load(cu_q_ptr + B).to(tl.int64) * (H * DV), ROWS.to(tl.int64) * DV)
         q_first = tl.load(cu_q_ptr + batch).to(tl.int64)
         k_first = tl.load(cu_k_ptr + batch).to(tl.int64)
         Q = (tl.load(cu_q_ptr + batch + 1) - q_first).to(tl.int32)
@@ -371,17 +381,20 @@ def _divide(acc, total, PRECISE: tl.constexpr):
     return tl.div_rn(acc, total[:, None]) if PRECISE else acc * (1.0 / total)[:, None]
 
 
-@triton.jit(do_not_specialize=["ROWS", "SPLITS"])
+@triton.jit(do_not_specialize=["ROWS", "SPLITS", "B"])
 def combine_kernel(
     part_ptr,  # [SPLITS, ROWS, DV]
     state_ptr,  # [2, SPLITS, ROWS]
     sink_ptr,
+    cu_q_ptr,
     o_ptr,  # [ROWS, DV]
+    B,
     H,
     ROWS,
     SPLITS,
     stride_sh,
     HAS_SINKS: tl.constexpr,
+    VARLEN: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISE: tl.constexpr,
     DV: tl.constexpr,
@@ -394,6 +407,8 @@ def combine_kernel(
     dv = tl.arange(0, BLOCK_DV)
     at = split.to(tl.int64) * ROWS + row
     is_part = split < SPLITS
+    if VARLEN:
+        is_part &= row < tl.load(cu_q_ptr + B).to(tl.int64) * H  # nothing behind the last sequence
     m = tl.load(state_ptr + at, mask=is_part, other=LOWEST)  # [BLOCK_S]
     total = tl.load(state_ptr + SPLITS.to(tl.int64) * ROWS + at, mask=is_part, other=0.0)
     part = tl.load(part_ptr + at[:, None] * DV + dv[None, :], mask=is_part[:, None] & (dv < DV)[None, :], other=0.0)

@@ -44,6 +44,21 @@ def _attention(args: Sequence[Any]) -> Features:
     }
 
 
+def _varlen_attention(args: Sequence[Any]) -> Features:
+    """S sequences, H, G, Q and K of the longest, D, bytes, paged 0 or 1."""
+    q, k, _, ends, _, queries, keys, table = args[:8]
+    return {
+        "S": ends.shape[0] - 1,
+        "H": q.shape[1],
+        "G": q.shape[1] // k.shape[-2],
+        "Q": queries,
+        "K": keys,
+        "D": q.shape[2],
+        "bytes": q.element_size(),
+        "paged": int(table is not None),
+    }
+
+
 def _linear(args: Sequence[Any]) -> Features:
     """M rows of x, weight N x K (both halves of a gated one), bytes; bias 0 or 1."""
     x, weight, bias = args[:3]
@@ -61,6 +76,7 @@ def _experts(args: Sequence[Any]) -> Features:
 _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyType(
     {
         "attention": _attention,
+        "varlen_attention": _varlen_attention,
         "linear_act": _linear,
         "gate_up": _linear,
         "qkv_rope": _linear,

@@ -83,9 +83,9 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             softmax_triton,
             rope_triton,
             attention_triton,
+            varlen_attention_triton,
             attention_gluon,
             attention_torch,
-            varlen_attention_triton,
             activation_triton,
             linear_act_torch,  # what nobody measured is left to the vendor's library
             linear_act_triton,

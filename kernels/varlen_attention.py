@@ -82,8 +82,8 @@ def varlen_attention(
     block_table[s, j // page] at j % page, and cu_seqlens_k gives only the lengths, by differences.
 
     max_q and max_k: at least as long as the longest sequence. The rest is as in `attention`, whose alignment (the last
-    query on the last key) holds in each sequence. Rows of q behind the last sequence have no result: kernels leave
-    theirs as the memory was.
+    query on the last key) holds in each sequence. Rows of q behind the last sequence give zeros. Nothing in one
+    sequence, not even a NaN, reaches the result of another.
     """
     out = v.new_zeros(q.shape[0], q.shape[1], v.shape[-1])
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -30,8 +30,8 @@ def varlen_attention(
 ) -> Tensor:
     """As the op `varlen_attention`."""
     o = empty((q.shape[0], q.shape[1], v.shape[-1]), v.dtype, v.device)
-    if o.numel() == 0:
-        return o
+    if 0 in (o.numel(), max_q, cu_seqlens_q.shape[0] - 1):
+        return o.zero_()
     paged = block_table is not None
     call = Call(
         q,
@@ -62,7 +62,8 @@ def _steps(x: Tensor, paged: bool) -> tuple[int, ...]:
     return (x.stride(0) if paged else 0, x.stride(-2), x.stride(-3), x.stride(-1))
 
 
-def _supports(signature: Signature) -> str | None:
+def supports(signature: Signature) -> str | None:
+    """Why the kernel cannot take the call, or `None`."""
     integers = ("cu_seqlens_q", "cu_seqlens_k", "block_table")
     return (
         refuse_tensors(signature, ("q", "k", "v", "sinks"), integers)
@@ -99,4 +100,4 @@ def _refuse_sizes(signature: Signature) -> str | None:
     return refuse_vector(signature, "sinks", heads)
 
 
-KERNELS: Final = (Kernel(ops.varlen_attention, "triton", varlen_attention, _supports),)
+KERNELS: Final = (Kernel(ops.varlen_attention, "triton", varlen_attention, supports),)

@@ -13,9 +13,11 @@ from regraft.kernels import attention_gluon, attention_triton
 from regraft.kernels.attention import attention
 from regraft.kernels.op import Kernel
 from regraft.kernels.table import PROVIDERS
+from regraft.kernels.varlen_attention import varlen_attention
 
 HALVES = [torch.float16, torch.bfloat16]
 KERNELS = {kernel.provider: kernel for kernel in PROVIDERS.get("attention", ())}
+PACKED = {kernel.provider: kernel for kernel in PROVIDERS.get("varlen_attention", ())}
 
 
 def qkv(
@@ -124,6 +126,87 @@ def test_gluon_keeps_nan_and_infinity_where_they_are() -> None:
     assert int(y.isnan().sum()) == 64
 
 
+def ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+
+
+def packed(
+    queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eight heads on two; keys and values as slices of one tensor."""
+    q = torch.randn(queries, 8, width, device="cuda").to(dtype)
+    k, v = torch.randn(keys, 2, width + value_width, device="cuda").to(dtype).split((width, value_width), dim=-1)
+    return q, k, v
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("width", "value_width"), [(40, 40), (64, 64), (72, 72), (80, 80), (104, 104), (192, 128)])
+def test_gluon_packed(width: int, value_width: int, dtype: torch.dtype) -> None:
+    """Sequences shorter than a tile and longer, without queries, with fewer keys than queries; rows behind the last."""
+    queries, keys = [300, 0, 1, 129, 64, 500], [300, 5, 40, 129, 700, 77]
+    q, k, v = packed(sum(queries) + 150, sum(keys) + 3, width, value_width, dtype)
+    sinks = torch.randn(8, device="cuda")
+    options: list[dict[str, Any]] = [{}, {"right": 0}, {"left": 100, "right": 0, "sinks": sinks}, {"softcap": 2.0}]
+    for named in options:
+        args = (q, k, v, ends(queries), ends(keys), 500, 700)
+        named["scale"] = width**-0.5
+        assert PACKED["gluon"].supports(varlen_attention.signature(*args, **named)) is None
+        actual, reference = PACKED["gluon"].run(*args, **named), varlen_attention.reference(*args, **named)
+        assert_close(actual, reference, oracle(varlen_attention, *args, **named)[0])
+        assert not bool(actual[sum(queries) :].any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 60, 64, 100, 128, 200, 333])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+def test_gluon_keeps_packed_sequences_apart(width: int, length: int) -> None:
+    """A sequence between others whose queries, keys and values are all NaN or infinite."""
+    lengths = [77, length, 300]
+    own = slice(77, 77 + length)
+    q, k, v = packed(sum(lengths), sum(lengths), width, width)
+    kv = k._base
+    assert kv is not None
+    outside = torch.ones(sum(lengths), dtype=torch.bool, device="cuda")
+    outside[own] = False
+    at = (ends(lengths), ends(lengths), 300, 300)
+    for right in (-1, 0):
+        clean = PACKED["gluon"].run(q, k, v, *at, scale=0.1, right=right)[own]
+        assert bool(clean.isfinite().all())
+        for value in (float("nan"), float("inf")):
+            foul, foul_kv = q.clone(), kv.clone()
+            foul[outside], foul_kv[outside] = value, value
+            y = PACKED["gluon"].run(foul, *foul_kv.split((width, width), dim=-1), *at, scale=0.1, right=right)
+            assert torch.equal(y[own], clean)
+
+
+@pytest.mark.gpu
+def test_gluon_passes_over_blocks_without_queries() -> None:
+    """One long sequence among many short ones, more tiles than programs; a batch with no queries at all."""
+    lengths = [3] * 40 + [2000] + [0] * 30 + [130]
+    q, k, v = packed(sum(lengths), sum(lengths), 64, 64)
+    args = (q, k, v, ends(lengths), ends(lengths), 2000, 2000)
+    actual, reference = (f(*args, scale=0.1, right=0) for f in (PACKED["gluon"].run, varlen_attention.reference))
+    assert_close(actual, reference, oracle(varlen_attention, *args, scale=0.1, right=0)[0])
+    none = PACKED["gluon"].run(q, k, v, ends([0] * 9), ends([5] * 9), 400, 400, scale=0.1)
+    assert not bool(none.any())
+
+
+@pytest.mark.gpu
+def test_gluon_adds_biases_as_low_as_there_are() -> None:
+    """A row whose bias is the lowest number everywhere sees all keys alike, as in eager code; minus infinity hides."""
+    q, k, v = qkv(3, 2, 2, 200, 200, 64, 64, torch.bfloat16)
+    bias = torch.zeros(3, 1, 1, 200, device="cuda")
+    bias[0], bias[1, ..., 20:] = torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min
+    bias[2] = float("-inf")
+    check("gluon", q, k, v, bias=bias, scale=0.1)
+    check("triton", q, k, v, bias=bias, scale=0.1)
+    y = KERNELS["gluon"].run(q, k, v, bias=bias, scale=0.1)
+    assert not bool(y[2].any())
+    mean = v[0].float().mean(dim=1)
+    assert torch.allclose(y[0].float(), mean.expand(200, -1, -1), atol=2e-3)
+
+
 @pytest.mark.gpu
 def test_gluon_refuses() -> None:
     q, k, v = qkv(1, 4, 2, 30, 30, 64, 64, torch.bfloat16)
@@ -136,6 +219,10 @@ def test_gluon_refuses() -> None:
     assert "float32" in refusal(q.float(), k.float(), v.float())
     assert "head dimensions" in refusal(q[..., :17], k[..., :17], v)
     assert "wider" in refusal(q, k, torch.cat((v, v), dim=-1))
+    at = (ends([30]), ends([30]), 30, 30)
+    pages = torch.zeros(2, 16, 2, 64, device="cuda").bfloat16()
+    paged = varlen_attention.signature(q[0].transpose(0, 1), pages, pages, *at, torch.zeros(1, 2).int().cuda())
+    assert "pages" in str(PACKED["gluon"].supports(paged))
 
 
 @pytest.mark.gpu
@@ -178,6 +265,13 @@ def test_tiles_fit_in_shared_memory_and_registers() -> None:
         assert width <= whole < 2 * width
         assert 2 * whole * (slots * 128 + stages * 2 * keys) < 232_448
         assert whole // 2 + keys // 2 + keys // 4 < 232
+
+
+def test_sections_divide_the_heads() -> None:
+    assert attention_gluon._section(384, 95) == 64
+    assert attention_gluon._section(384, 1000) == 384
+    assert attention_gluon._section(64, 6) == 4
+    assert attention_gluon._section(13, 6) == 13  # a prime: one by one would leave most of the chip idle
 
 
 def test_head_dimensions_in_parts() -> None:

@@ -10,6 +10,7 @@ from kernel_checks import check_kernel, in_dtypes, on_devices, refusal
 from torch import Tensor
 
 from regraft.kernels.attention import attention
+from regraft.kernels.table import PROVIDERS
 from regraft.kernels.varlen_attention import varlen_attention
 
 QUERIES, KEYS = [5, 0, 37, 1, 20], [5, 3, 40, 33, 12]
@@ -116,6 +117,24 @@ def test_triton_splits_the_keys_of_a_decode_step(dtype: torch.dtype, device: str
     cu = (ends([1, 1, 1], device), ends(lengths, device))
     sinks = torch.randn(4, device=device)
     check_kernel(varlen_attention, q, k, v, *cu, 1, 900, sinks=sinks, scale=0.25, right=0, ulps=8)
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("queries", [QUERIES, [1, 1, 1, 1, 1]], ids=["prefill", "decode"])
+def test_triton_keeps_to_the_sequences(queries: list[int], dtype: torch.dtype, device: str) -> None:
+    """Rows behind the last sequence give zeros, with their keys divided among programs or not."""
+    rows = sum(queries)
+    q = torch.randn(rows + 40, 4, 24, device=device).to(dtype)
+    k, v = torch.randn(2, sum(KEYS) + 9, 2, 24, device=device).to(dtype)
+    q[rows:], k[sum(KEYS) :], v[sum(KEYS) :] = float("nan"), float("nan"), float("nan")
+    cu = (ends(queries, device), ends(KEYS, device))
+    sinks = torch.randn(4, device=device)
+    check_kernel(varlen_attention, q, k, v, *cu, max(queries), 400, sinks=sinks, scale=0.25, right=0, ulps=8)
+    kernel = next(kernel for kernel in PROVIDERS["varlen_attention"] if kernel.provider == "triton")
+    assert not bool(kernel.run(q, k, v, *cu, max(queries), 400, scale=0.25)[rows:].any())
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    assert not bool(kernel.run(q, k, v, nothing, nothing, 5, 5, scale=0.25).any())
 
 
 @on_devices
