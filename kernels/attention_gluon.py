@@ -26,7 +26,7 @@ REGISTERS: Final = 240
 
 MAX_TILES: Final = 1 << 20
 """Of one launch; the kernel divides their numbers in fp32."""
-L2_BYTES: Final = 12 << 20
+L2_BYTES: Final = 24 << 20
 """How much of L2 the keys and values of the heads in progress may take."""
 LIMIT: Final = 227 * 1024
 """Bytes of shared memory of one program."""

@@ -45,17 +45,18 @@ def _attention(args: Sequence[Any]) -> Features:
 
 
 def _varlen_attention(args: Sequence[Any]) -> Features:
-    """S sequences, H, G, Q and K of the longest, D, bytes, paged 0 or 1."""
-    q, k, _, ends, _, queries, keys, table = args[:8]
+    """T rows of q, R of a sequence on average (rounded down), H, G, D, DV, bytes; paged and window are 0 or 1."""
+    q, k, v, ends, _, _, _, table = args[:8]
     return {
-        "S": ends.shape[0] - 1,
+        "T": q.shape[0],
+        "R": q.shape[0] // max(ends.shape[0] - 1, 1),
         "H": q.shape[1],
         "G": q.shape[1] // k.shape[-2],
-        "Q": queries,
-        "K": keys,
         "D": q.shape[2],
+        "DV": v.shape[-1],
         "bytes": q.element_size(),
         "paged": int(table is not None),
+        "window": int(args[10] >= 0),
     }
 
 
