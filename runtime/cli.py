@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,7 @@ from .doctor import doctor
 from .errors import RegraftError
 from .loading import ArgumentError, has_weights
 from .optimize import optimize
+from .profile import profile_model, table_of
 from .report import Report
 from .tune import tune
 
@@ -51,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.set_defaults(run=_tune)
 
+    timed = verbs.add_parser("profile", help="what bounds a model's forward, kernel by kernel")
+    arguments.model(timed)
+    timed.add_argument("--batch", type=arguments.number, default=1, metavar="N")
+    timed.add_argument("--length", type=arguments.number, default=512, metavar="N")
+    timed.add_argument("--trace", metavar="FILE", help="write the trace, for ui.perfetto.dev")
+    timed.add_argument("--json", metavar="FILE", help="write the table as JSON; - is standard output")
+    timed.set_defaults(run=_profile)
+
     health = verbs.add_parser("doctor", help="versions, device, and a self-test of each kernel")
     arguments.where(health)
     health.set_defaults(run=_doctor)
@@ -84,6 +95,18 @@ def _tune(args: argparse.Namespace) -> int:
         raise ArgumentError(f"tune: --device {device}: configurations are measured on a CUDA device")
     shapes = [(batch, length) for batch in args.batch for length in args.length]
     tune(arguments.load(args, device), shapes, limit_s=args.limit, say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    device = arguments.device_of(args)
+    trace = Path(args.trace) if args.trace else None
+    phases = profile_model(arguments.load(args, device), args.batch, args.length, trace=trace)
+    say = arguments.sayer(args)
+    for phase in phases:
+        for line in table_of(phase):
+            say(line)
+    arguments.write(args.json, lambda: json.dumps([p.to_dict() for p in phases], indent=2))
     return 0
 
 

@@ -53,15 +53,24 @@ class Executable:
     def flat(self, tensors: Mapping[str, torch.Tensor], *, directly: bool = False) -> Any:
         """The graph's flat tuple of outputs."""
         version = self._weights.version  # before the weights: what is repacked in between is then of an older version
+        values = self._values(tensors)
+        with torch.no_grad():
+            if self.graphs is not None and not directly:
+                return self.graphs(values, version)
+            return self._arranged(*values)
+
+    def _values(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         packs = self._weights.packs
         values = [tensors[name] for name in self.arguments]
         values += map(getitem, self._tables, self._names)
         values += self._constants
         values += [packs[key].value for key in self._packs]
-        with torch.no_grad():
-            if self.graphs is not None and not directly:
-                return self.graphs(values, version)
-            return self._arranged(*values)
+        return values
+
+    def values(self, tensors: Mapping[str, torch.Tensor]) -> Sequence[Any]:
+        """What the placeholders of the program's graph are in a call, in their order."""
+        found: Sequence[Any] = self._arrange(self._values(tensors))
+        return found
 
     def directly(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """As a call, without a CUDA graph and without counting its shapes."""
