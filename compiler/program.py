@@ -24,6 +24,12 @@ class InputKind(enum.Enum):
     """A tensor made during capture; `value` holds it."""
     PACKED = "packed"
     """Computed once from weights by `recipe`; `target` is a name for it."""
+    STEP = "step"
+    """What a step of decoding says beside its tokens: `target` is `cu_seqlens_q`, `lengths`, `max_q` (an int),
+    `slots.<group>` or `block_table.<group>`."""
+    PAGES = "pages"
+    """Memory that the graph reads and writes: `target` is `k.<layer>`, `v.<layer>`, and their scales (None where pages
+    are not quantised) `k_scale.<layer>`, `v_scale.<layer>`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,22 @@ class Input:
     target: str
     value: torch.Tensor | None = None
     recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one attention keeps in pages: keys `[P, page, kv_heads, key_dim]`, values `[..., value_dim]`, of `dtype`.
+
+    The keys of position j are visible from position p where `p - left <= j <= p`; `left` is -1 without a window.
+    Layers of one `group` share slots and block tables.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    left: int
+    group: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -156,6 +178,9 @@ class Program:
     guards: list[Callable[[dict[str, torch.Tensor]], bool]] = field(default_factory=list)
     """Assumptions that passes inferred from samples: each says whether it holds for these inputs by keyword. They
     depend on sizes, so the runtime asks once for every new set of sizes."""
+
+    layers: tuple[LayerSpec, ...] = ()
+    """Of a graph whose keys and values lie in pages: each attention, in the order of the graph."""
 
     @property
     def graph(self) -> fx.Graph:
