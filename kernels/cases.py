@@ -10,6 +10,7 @@ from .case import Case
 from .cases_attention import attentions
 from .cases_linear import gate_ups, linears
 from .cases_moe import experts
+from .cases_paged import paged_attentions
 from .cases_qkv import qkv_ropes
 from .cases_rows import elementwise, norms, ropes, softmaxes
 from .cases_varlen import varlen_attentions
@@ -18,7 +19,7 @@ from .cases_varlen import varlen_attentions
 def cases(dtype: torch.dtype = torch.bfloat16) -> Mapping[str, tuple[Case, ...]]:
     """The cases by op name, with tensors of this dtype."""
     found: dict[str, tuple[Case, ...]] = {}
-    attention = (attentions, varlen_attentions)
+    attention = (attentions, varlen_attentions, paged_attentions)
     for make in (norms, softmaxes, ropes, *attention, elementwise, linears, gate_ups, qkv_ropes, experts):
         for case in make(dtype):
             found[case.op.name] = (*found.get(case.op.name, ()), case)

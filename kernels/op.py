@@ -84,17 +84,19 @@ class Kernel:
     supports: Callable[[Signature], str | None]
 
 
-def define(*, cost: Callable[..., Cost], fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Op]:
+def define(
+    *, cost: Callable[..., Cost], fake: Callable[..., Any] | None = None, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Op]:
     """Register `regraft::<function name>` from its reference.
 
-    The reference is functional and never returns an alias of an input; the schema comes from its annotations. It runs
-    on every device for which no kernel is chosen, and on fake tensors to give shapes, dtypes and strides, unless
-    `fake` does that: for a reference that looks at values.
+    The reference writes to no argument but those of `mutates` and never returns an alias of an input; the schema comes
+    from its annotations. It runs on every device for which no kernel is chosen, and on fake tensors to give shapes,
+    dtypes and strides, unless `fake` does that: for a reference that looks at values.
     """
 
     def register(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        _LIBRARY.define(torch.library.infer_schema(reference, mutates_args=(), op_name=name))
+        _LIBRARY.define(torch.library.infer_schema(reference, mutates_args=mutates, op_name=name))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=_LIBRARY)
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default

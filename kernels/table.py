@@ -16,6 +16,7 @@ from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
 from .moe import moe_experts
 from .op import Kernel, Op, Signature
+from .paged_attention import paged_attention
 from .qkv_rope import qkv_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -35,6 +36,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             norm_rope,
             attention,
             varlen_attention,
+            paged_attention,
             activation,
             glu,
             linear_act,

@@ -8,15 +8,17 @@ import pytest
 import torch
 from kernel_checks import as_tuple
 
-from regraft.kernels import cases_attention, cases_varlen
+from regraft.kernels import cases_attention, cases_paged, cases_varlen
 from regraft.kernels.attention import attention
 from regraft.kernels.case import Case, some_rows
 from regraft.kernels.cases import cases
 from regraft.kernels.cases_moe import _grouped, _some_tokens, _transformers
 from regraft.kernels.moe import moe_experts
+from regraft.kernels.paged_attention import paged_attention
 from regraft.kernels.table import OPS
 from regraft.kernels.varlen_attention import varlen_attention
 
+ATTENTION = {"attention", "varlen_attention", "paged_attention"}
 CASES = [case for of_op in cases().values() for case in of_op]
 
 
@@ -44,7 +46,7 @@ def test_arguments_fit_their_ops_and_have_a_cost() -> None:
             case.op.signature(**small)
 
 
-@pytest.mark.parametrize("name", sorted(set(cases()) - {"attention", "varlen_attention", "moe_experts", "qkv_rope"}))
+@pytest.mark.parametrize("name", sorted(set(cases()) - ATTENTION - {"moe_experts", "qkv_rope"}))
 def test_peers_compute_the_same(name: str) -> None:
     case = cases(torch.float32)[name][0]
     arguments = case.arguments(torch.device("meta"))
@@ -114,6 +116,17 @@ def test_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(peer(size, arguments)(), expected, rtol=1e-4, atol=1e-5)
     for part, pick in cases_varlen._parts(size, arguments):
         assert torch.allclose(varlen_attention.reference(**part), pick(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_pages(queries: int) -> None:
+    size = (3, queries, 48, 4, 2, 16)
+    arguments = cases_paged._arguments(size, torch.float32, torch.device("cpu"))
+    expected = paged_attention.reference(**arguments)
+    for peer in (cases_paged._contiguous, cases_paged._gathered):
+        assert torch.allclose(peer(size, arguments)(), expected, rtol=1e-4, atol=1e-5)
+    for part, pick in cases_paged._parts(size, arguments):
+        assert torch.allclose(paged_attention.reference(**part), pick(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_peer_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
