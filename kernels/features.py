@@ -67,6 +67,11 @@ def _linear(args: Sequence[Any]) -> Features:
     return {"M": _rows(x), "N": n, "K": k, "bytes": x.element_size(), "bias": int(bias is not None)}
 
 
+def _linear_act(args: Sequence[Any]) -> Features:
+    """And act: 1 with an activation, which is then a kernel less."""
+    return {**_linear(args), "act": int(args[3] != "identity")}
+
+
 def _experts(args: Sequence[Any]) -> Features:
     """T tokens, D = width, E experts, R = rows of an expert on average (rounded up), bytes."""
     x, index, experts = args[0], args[1], args[3].shape[0]
@@ -78,7 +83,7 @@ _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyT
     {
         "attention": _attention,
         "varlen_attention": _varlen_attention,
-        "linear_act": _linear,
+        "linear_act": _linear_act,
         "gate_up": _linear,
         "qkv_rope": _linear,
         "moe_experts": _experts,

@@ -61,7 +61,8 @@ def _moe_cost(
     pairs = tokens * sizes(top_k_index)[1]
     experts = sizes(up)[0]
     per_pair = 2 * (sympy.prod(sizes(up)[1:]) + sympy.prod(sizes(down)[1:]))
-    touched = sympy.Min(1, pairs / experts)  # the share of the experts' weights that is read
+    chosen = sizes(top_k_index)[1] / experts
+    touched = 1 - (1.0 - chosen) ** tokens  # the share of the experts that some token chose, if they choose evenly
     weights = nbytes(up, down, up_bias, down_bias)
     traffic = nbytes(hidden, top_k_index, top_k_weights) + tokens * width * hidden.element_size()
     return Cost(pairs * per_pair, touched * weights + traffic)

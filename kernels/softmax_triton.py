@@ -69,7 +69,9 @@ def _long_softmax_kernel(
     top, total = -float("inf"), 0.0
     for start in range(0, D, BLOCK_D):
         at = start + cols
-        x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
+        x = tl.load(
+            x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
         new = tl.maximum(top, tl.max(x, axis=0))
         reached = tl.where(new == -float("inf"), 0.0, new)  # where nothing is finite so far, zeros are added
         total = total * tl.exp(top - reached) + tl.sum(tl.exp(x - reached), axis=0)
@@ -78,9 +80,11 @@ def _long_softmax_kernel(
     pieces = tl.cdiv(D, BLOCK_D)
     for i in range(pieces):
         at = (pieces - 1 - i) * BLOCK_D + cols  # the last pieces first: they are still in L2
-        x = tl.load(x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf")).to(tl.float32)
+        x = tl.load(
+            x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
         y = (tl.exp(x - top) * scale).to(COMPUTE_DTYPE)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < D)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < D, eviction_policy="evict_first")
 
 
 def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from regraft.runtime import bench_kernels as kernels_module
 from regraft.runtime.bench import table
 from regraft.runtime.bench_forward import bench_forward
 from regraft.runtime.bench_kernels import bench_kernels
+from regraft.runtime.cli import main
 from regraft.runtime.doctor import examine, examples
 from regraft.runtime.loading import inputs_for
 from regraft.runtime.timing import Timing, measure
@@ -236,3 +238,23 @@ def test_device_time_hides_the_launch() -> None:
     hidden = measure({"x": lambda: x.add_(1)}, device, rounds=1, calls=5, device_time=True)
     seen = measure({"x": slow_to_launch}, device, rounds=1, calls=5)
     assert hidden["x"].median_ms < 0.2 and seen["x"].median_ms > 0.9
+
+
+def test_a_regression_against_a_baseline_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    providers = (Kernel(rms_norm, "good", rms_norm.reference, lambda signature: None),)
+    monkeypatch.setattr(kernels_module, "PROVIDERS", {"rms_norm": providers})
+    monkeypatch.setattr(kernels_module, "cases", lambda dtype: {"rms_norm": (small_case(),)})
+    fake_times(monkeypatch, {"good": 0.004, "F.rms_norm": 0.002})
+    file = tmp_path / "before.json"
+    words = ["bench", "kernels", "--device", "cpu", "--dtype", "bfloat16"]
+    assert main([*words, "--json", str(file)]) == 0
+    assert main([*words, "--baseline", str(file)]) == 0
+    fake_times(monkeypatch, {"good": 0.0044, "F.rms_norm": 0.002})
+    capsys.readouterr()
+    assert main([*words, "--baseline", str(file)]) == 1
+    assert "slower than" in capsys.readouterr().out
+    assert main([*words, "--baseline", str(file), "--threshold", "0.2"]) == 0
+    file.write_text('{"results": [{"op": 1}]}')
+    assert main([*words, "--baseline", str(file)]) == 2
