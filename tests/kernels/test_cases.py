@@ -8,14 +8,15 @@ import pytest
 import torch
 from kernel_checks import as_tuple
 
-from regraft.kernels import cases_attention, cases_paged, cases_varlen
+from regraft.kernels import cases_attention, cases_paged, cases_varlen, tuning
 from regraft.kernels.attention import attention
 from regraft.kernels.case import Case, some_rows
 from regraft.kernels.cases import cases
 from regraft.kernels.cases_moe import _grouped, _some_tokens, _transformers
+from regraft.kernels.features import features_of
 from regraft.kernels.moe import moe_experts
 from regraft.kernels.paged_attention import paged_attention
-from regraft.kernels.table import OPS
+from regraft.kernels.table import OPS, PROVIDERS
 from regraft.kernels.varlen_attention import varlen_attention
 
 ATTENTION = {"attention", "varlen_attention", "paged_attention"}
@@ -144,3 +145,14 @@ def test_experts_peer_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(_transformers(implementation, arguments)(), expected, rtol=1e-4, atol=1e-4)
     for part, pick in _some_tokens(arguments):
         assert torch.allclose(moe_experts.reference(**part), pick(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", [path.stem for path in tuning.DIRECTORY.glob("*.json")])
+def test_choices_name_features_and_providers_that_exist(file: str) -> None:
+    for op, entries in tuning.providers(file).items():
+        arguments = cases()[op][0].arguments(torch.device("meta"))
+        features = features_of(op, [arguments.get(a.name, a.default_value) for a in OPS[op].overload._schema.arguments])
+        for entry in entries:
+            entry.matches(dict.fromkeys(features, 0))
+            assert {name for name, _, _ in entry.where} <= features.keys(), entry
+            assert entry.provider in {kernel.provider for kernel in PROVIDERS[op]}, entry
