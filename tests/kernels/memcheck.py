@@ -95,6 +95,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("gate_up", (randn(40, 72), randn(2 * 71, 72), None, "silu"), {}),
         ("moe_experts", experts(2, 2, 5, 72, 40), {}),
         ("moe_experts", experts(37, 2, 5, 72, 40), {}),
+        ("moe_experts", experts(37, 2, 5, 72, 40)[:-2], {}),  # without biases, which the grouped product does not add
         ("moe_experts", experts(37, 3, 5, 33, 21), {"interleaved": True, "limit": 7.0, "alpha": 1.7, "up_offset": 1.0}),
         # sizes that TMA takes
         ("linear_act", (randn(141, 72), randn(264, 72), randn(264), "gelu"), {}),
