@@ -57,7 +57,10 @@ class Upcast(fx.Interpreter):
 
 
 class Evaluator:
-    """Values of nodes of a program on example inputs and the user's weights, computed when asked for and remembered."""
+    """Values of nodes of a program on example inputs and the user's weights, computed when asked for and remembered.
+
+    Packed weights, which together are as large as the model, are made anew each time.
+    """
 
     def __init__(
         self, program: Program, weights: Callable[[Input], torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -75,16 +78,27 @@ class Evaluator:
         stack = [node]
         while stack:
             top = stack[-1]
-            if top in self._values:
+            if top in self._values or self._is_packed(top):
                 stack.pop()
                 continue
-            waiting = [i for i in top.all_input_nodes if i not in self._values]
+            waiting = [i for i in top.all_input_nodes if i not in self._values and not self._is_packed(i)]
             if waiting:
                 stack.extend(waiting)
                 continue
             self._values[top] = self._evaluate(top)
             stack.pop()
-        return self._values[node]
+        return self._read(node)
+
+    def _read(self, node: fx.Node) -> Any:
+        return self._evaluate(node) if self._is_packed(node) else self._values[node]
+
+    def _is_packed(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and self._stands_for(node).kind is InputKind.PACKED
+
+    def _stands_for(self, node: fx.Node) -> Input:
+        if node not in self._meaning:  # packed after the evaluator was made
+            self._meaning = self._program.placeholder_inputs()
+        return self._meaning[node]
 
     def forget(self, nodes: Sequence[fx.Node]) -> None:
         """Drop the values of nodes that left the graph."""
@@ -94,11 +108,9 @@ class Evaluator:
     @torch.no_grad()
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            if node not in self._meaning:  # packed after the evaluator was made
-                self._meaning = self._program.placeholder_inputs()
-            meaning = self._meaning[node]
+            meaning = self._stands_for(node)
             return self._inputs[meaning.target] if meaning.kind is InputKind.USER else self._weights(meaning)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._values.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._read)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -26,6 +26,7 @@ from .certificate import Certificate
 from .certify import Certifier
 from .checks import device_of
 from .cuda_graphs import graph_bytes
+from .device_memory import release_unused
 from .errors import CompileError, ParityError, RegraftError, StrictError
 from .executable import Executable
 from .guarded import Guarded
@@ -156,7 +157,11 @@ class Builder:
             log.warning("%s: %s", entry.arguments, error)
             self.weights.keep(r for s in self.served for r in s.run.recipes)
             raise error
+        if self.device.type == "cuda":
+            release_unused()  # what checking took
         entry.served = True
+        if served.executable.graphs is not None:
+            entry.launches = served.executable.graphs.told
         served.seconds = sum(entry.seconds.values())
         self.served.append(served)
         views, copies = self.weights.packed_bytes()

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ..kernels import choice
 from ..kernels.replay import ALIGNMENT
+from .device_memory import captured as captured_here
+from .device_memory import release_unused
 from .options import Options
 
 log = logging.getLogger("regraft")
@@ -98,8 +100,8 @@ class Graphs:
         self._seen: dict[Shapes, int] = {}
         self._plans: dict[Shapes, tuple[Any, ...]] = {}
         self._graphs: OrderedDict[Shapes, list[_Captured]] = OrderedDict()
-        self._direct: set[Shapes] = set()
-        """Shapes for which a graph is of no use."""
+        self._direct: dict[Shapes, str] = {}
+        """Shapes for which a graph is of no use, and why."""
         self._watched: dict[Shapes, tuple[float, torch.cuda.Event, torch.cuda.Event, int]] = {}
         self._lending: set[Shapes] = set()
         """Shapes whose outputs are too large to be copied."""
@@ -168,8 +170,13 @@ class Graphs:
         if watched is not None:
             host_ms, begin, end, size = watched
             end.synchronize()
-            if size > self._max_output_bytes or host_ms < HOST_SHARE * begin.elapsed_time(end):
-                self._direct.add(key)
+            share = host_ms / max(begin.elapsed_time(end), 1e-6)
+            if size > self._max_output_bytes:
+                self._direct[key] = f"outputs of {size >> 20} MiB, above {self._max_output_bytes >> 20}"
+            elif share < HOST_SHARE:
+                self._direct[key] = (
+                    f"the host takes {100 * share:.0f} % of the GPU's time, below {100 * HOST_SHARE:.0f}"
+                )
             elif size > MAX_COPIED_BYTES:
                 self._lending.add(key)
         return key not in self._direct
@@ -178,6 +185,20 @@ class Graphs:
     def held(self) -> int:
         """Bytes of memory that the graphs hold."""
         return sum(c.held for made in self._graphs.values() for c in made)
+
+    def told(self) -> str:
+        """Whether forwards run by graphs, and if not, why: one line."""
+        if self._max_output_bytes <= 0:
+            return "each kernel by the host: the mode asks for no CUDA graphs"
+        parts = []
+        if len(self):
+            parts.append(f"{len(self)} CUDA graph{'s' * (len(self) > 1)}, {self.held >> 20} MiB")
+        if self.refused is not None:
+            parts.append(f"no further one: {self.refused}" if parts else f"no CUDA graph: {self.refused}")
+        elif self._direct:
+            reasons = "; ".join(dict.fromkeys(self._direct.values()))
+            parts.append(f"no CUDA graph for {len(self._direct)} of {len(self._seen)} shapes: {reasons}")
+        return ", ".join(parts) or "no CUDA graph yet: one is made when shapes come for the third time"
 
     def __len__(self) -> int:
         return sum(map(len, self._graphs.values()))
@@ -198,7 +219,7 @@ class Graphs:
         lends = key in self._lending
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        release_unused(for_capture=True)
         before = torch.cuda.memory_reserved(device)
         current = torch.cuda.current_stream(device)
         try:
@@ -209,7 +230,7 @@ class Graphs:
                 with torch.cuda.graph(graph, pool=pool, stream=shared.stream, capture_error_mode="thread_local"):
                     result = self._function(*inputs, *fixed)
         except torch.OutOfMemoryError:
-            self._direct.add(key)
+            self._direct[key] = "no memory for a graph"
             _leave_capture(device, current)
             return None
         except RuntimeError as error:
@@ -217,6 +238,7 @@ class Graphs:
             log.warning("%s; forwards run without one", self.refused)
             _leave_capture(device, current)
             return None
+        captured_here(graph)
         outputs = list(result)
         del result
         captured = _Captured(graph, inputs, outputs, [], {}, {}, 0, stream)
@@ -233,7 +255,7 @@ class Graphs:
                 by_id[id(output)] = place
                 captured.copied.append(place)
         if any(i >= self._count for i in captured.passed.values()):  # a weight as it is
-            self._direct.add(key)
+            self._direct[key] = "an output is a weight"
             return None
         captured.held = max(torch.cuda.memory_reserved(device) - before, _bytes(outputs))
         if lends:
@@ -256,6 +278,8 @@ class Graphs:
             self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
             log.warning("%s; forwards run without one", self.refused)
             self._graphs.clear()
+        del again
+        release_unused()  # what direct calls took, which replays do not need
         return result
 
     @staticmethod

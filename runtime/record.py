@@ -34,11 +34,13 @@ class SignatureRecord:
     """The program before the passes; left out like `program`."""
     retrace: Callable[[], list[PassResult]] | None = None
     """Runs the same passes again and keeps each one's graph as text; left out like `program`."""
+    launches: Callable[[], str] | None = None
+    """Says whether forwards run by CUDA graphs just now, and if not, why; left out like `program`."""
     expected: tuple[Expectation, ...] = ()
     """What the model should have, against what was found."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "program": None, "captured": None, "retrace": None}
+        return {**self.__dict__, "program": None, "captured": None, "retrace": None, "launches": None}
 
 
 @dataclass

@@ -233,6 +233,7 @@ def signature_dict(entry: SignatureRecord) -> dict[str, Any]:
         "served": entry.served,
         "reason": entry.reason,
         "nodes": nodes_of(entry),
+        "launches": entry.launches() if entry.launches is not None else "",
         "seconds": {k: round(v, 4) for k, v in entry.seconds.items()},
         "certificate": entry.certificate.to_json() if entry.certificate is not None else None,
         "passes": [pass_dict(p) for p in entry.passes],

@@ -38,8 +38,10 @@ def to_text(report: Report) -> str:
         lines += _cost(report)
     lines += _section("Worth", worth(report), 4)
     lines += _memory(report)
+    if main is not None and main.launches is not None and record.device.startswith("cuda"):
+        lines.append(_line("Launches", main.launches()))
     others = [s for s in record.signatures if s is not main]
-    lines += _section("Also", [f"{s.arguments}: {'graph' if s.served else s.reason}" for s in others], 1)
+    lines += _section("Also", [f"{s.arguments}: {_served(s, record.device)}" for s in others], 1)
     lines += _section("Note", _notes(report), 2)
     calls = report.calls
     fallbacks = "; ".join(f"{n} with {reason}" for reason, n in record.fallbacks.items())
@@ -48,6 +50,12 @@ def to_text(report: Report) -> str:
     return "\n".join(
         lines if len(lines) <= LINES else [*lines[: LINES - 2], f"{_INDENT}... all in to_html()", lines[-1]]
     )
+
+
+def _served(entry: SignatureRecord, device: str) -> str:
+    if not entry.served:
+        return entry.reason
+    return f"graph; {entry.launches()}" if entry.launches is not None and device.startswith("cuda") else "graph"
 
 
 def _about(report: Report) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..compiler.program import Input, InputKind, Recipe
+from .device_memory import move_small, release_unused
 
 PackKey = tuple[Any, ...]
 
@@ -178,12 +179,30 @@ class Weights:
 
     @torch.no_grad()
     def pack(self, recipes: Iterable[Recipe]) -> None:
-        """Make the packed weights one after the other: at no time more than one of them exists twice."""
-        for recipe in recipes:
-            key = pack_key(recipe)
-            if key not in self.packs:
-                self.packs[key] = self._concatenate(recipe) if self._may_view(recipe) else self._copy(recipe)
+        """Make the packed weights one after the other: at no time more than one of them exists twice.
+
+        On a GPU in the order of the model, and the small weights in between move too: what the parameters leave would
+        otherwise be holes between those, too small for the next packed weight.
+        """
+        wanted = {pack_key(r): r for r in recipes}
+        wanted = {key: recipe for key, recipe in wanted.items() if key not in self.packs}
+        if wanted and any(d.type == "cuda" for d in self._devices):
+            release_unused()  # not into what a large activation left
+            known = (pack.recipe for pack in self.packs.values())
+            packed = {name for recipe in itertools.chain(known, wanted.values()) for name in recipe.sources}
+            by_first = {recipe.sources[0]: key for key, recipe in wanted.items()}
+            for name in self.slots:
+                if name in by_first:
+                    self._make(by_first[name], wanted.pop(by_first[name]))
+                    torch.cuda.empty_cache()  # what the sources leave may be too small for the next
+                elif name not in packed:
+                    move_small(self.tensor(name))
+        for key, recipe in wanted.items():
+            self._make(key, recipe)
         self._note(list(map(getitem, self._tables, self._names)))
+
+    def _make(self, key: PackKey, recipe: Recipe) -> None:
+        self.packs[key] = self._concatenate(recipe) if self._may_view(recipe) else self._copy(recipe)
 
     def _may_view(self, recipe: Recipe) -> bool:
         """Whether the sources can become views: a parameter can be a view of one buffer only, and only once."""

@@ -1,0 +1,74 @@
+"""What PyTorch keeps of a GPU's memory without need: cached blocks, the workspaces of cuBLAS, holes between weights.
+
+The caching allocator puts tensors between 1 and 10 MiB into segments of 20 MiB, and gives a segment back only when all
+of it is free. cuBLAS keeps a workspace of 32 MiB for each stream that it ran on, that of a capture included.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+SHARED_SEGMENT: Final = range((1 << 20) + 1, 10 << 20)
+"""Bytes of the tensors that share a segment with others."""
+
+_graphs: Final[weakref.WeakSet[torch.cuda.CUDAGraph]] = weakref.WeakSet()
+"""Those captured here."""
+_lock: Final = threading.Lock()
+
+
+class _Workspaces:
+    """Whether all workspaces that graphs were captured with lie in the graphs' own pools."""
+
+    in_pools = True
+
+
+def release_unused(*, for_capture: bool = False) -> None:
+    """Give back cached blocks and, unless a graph that is not ours may write to them, cuBLAS's workspaces.
+
+    A graph captured after this (`for_capture`) gets a workspace in its own pool, or all keep theirs from then on.
+    No other thread may be in a matrix product.
+    """
+    with _lock:
+        if _Workspaces.in_pools and not _others():
+            torch._C._cuda_clearCublasWorkspaces()
+        elif for_capture:
+            _Workspaces.in_pools = False
+    torch.cuda.empty_cache()
+
+
+def captured(graph: torch.cuda.CUDAGraph) -> None:
+    """Says that this graph was captured here, after `release_unused(for_capture=True)`."""
+    with _lock:
+        _graphs.add(graph)
+
+
+def _others() -> bool:
+    """Whether there may be CUDA graphs that were not captured here: what warmed them up has left its workspace."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return True
+    pools = {(0, 0), *(tuple(graph.pool()) for graph in _graphs)}
+    return any(tuple(segment["segment_pool_id"]) not in pools for segment in torch.cuda.memory_snapshot())
+
+
+def move_small(tensor: Tensor) -> None:
+    """Let a weight that shares a segment with others stand elsewhere, if nothing else looks at its memory."""
+    storage = tensor.untyped_storage()
+    if (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cuda
+        and tensor.nbytes in SHARED_SEGMENT
+        and storage.nbytes() == tensor.nbytes
+        and not tensor.is_inference()
+        and uses(tensor) == uses(torch.empty(1))
+    ):
+        tensor.data = tensor.data.clone()
+
+
+def uses(tensor: Tensor) -> int:
+    """How many hold the tensor's memory, `tensor` and this function included."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
