@@ -33,6 +33,7 @@ def release_unused(*, for_capture: bool = False) -> None:
     A graph captured after this (`for_capture`) gets a workspace in its own pool, or all keep theirs from then on.
     No other thread may be in a matrix product.
     """
+    torch.cuda.empty_cache()  # pools of graphs that are gone are not others'
     with _lock:
         if _Workspaces.in_pools and not _others():
             torch._C._cuda_clearCublasWorkspaces()
