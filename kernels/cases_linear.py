@@ -30,6 +30,7 @@ _GEMMS: Final = (
     ("BERT", 768, 3072, "identity", True, False),
     ("GPT-2", 3072, 768, "gelu_new", True, True),
     ("GPT-2", 768, 3072, "identity", True, True),
+    ("GPT-2 vocabulary", 50257, 768, "identity", False, False),
 )
 
 

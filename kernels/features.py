@@ -61,10 +61,15 @@ def _varlen_attention(args: Sequence[Any]) -> Features:
 
 
 def _linear(args: Sequence[Any]) -> Features:
-    """M rows of x, weight N x K (both halves of a gated one), bytes; bias 0 or 1."""
+    """M rows of x, weight N x K (both halves of a gated one), bytes; bias 0 or 1.
+
+    whole: 1 where a row of N numbers takes a multiple of 16 bytes.
+    """
     x, weight, bias = args[:3]
     n, k = weight.shape
-    return {"M": _rows(x), "N": n, "K": k, "bytes": x.element_size(), "bias": int(bias is not None)}
+    size = x.element_size()
+    whole = int(n * size % 16 == 0)
+    return {"M": _rows(x), "N": n, "K": k, "bytes": size, "bias": int(bias is not None), "whole": whole}
 
 
 def _linear_act(args: Sequence[Any]) -> Features:

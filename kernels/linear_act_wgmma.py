@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +46,18 @@ class Rope:
     """The constexpr `ROPE`."""
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Neighbouring rows of x that have a weight of their own, cut into tiles of at most `BLOCK_M` rows."""
+
+    tiles: Tensor
+    """`[T, 3]` int32: group, first row, rows. Those without rows come last."""
+    used: Tensor
+    """`[1]` int32: the tiles that have rows."""
+    rows: int
+    """Of a group on average, by which the configuration is chosen."""
+
+
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether TMA can read x `[M, K]` and weight `[N, K]`, which may lie as `[K, N]`."""
     matrix = weight if weight.stride(1) == 1 else weight.t()
@@ -55,18 +68,31 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, kind: str, gated: bool, rope: Rope | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    kind: str,
+    gated: bool,
+    rope: Rope | None = None,
+    groups: Groups | None = None,
 ) -> None:
     """Write the epilogue of `x @ weight.T + bias` to y; x `[M, K]`, weight `[N, K]`, y `[M, N]` (gated: `[M, N / 2]`).
 
-    With `rope`, `kind` is "identity". The operands must fit and no size be 0.
+    With `rope`, `kind` is "identity". With `groups`, weight and bias have one more dimension, in front, whose steps are
+    those of contiguous tensors. The operands must fit, y be contiguous, and no size be 0.
     """
     m, k = x.shape
-    transposed = weight.stride(1) != 1
-    matrix = weight.t() if transposed else weight
-    features = {"M": m, "N": weight.shape[0], "K": k, "gated": int(gated)}
-    features["rope"] = 0 if rope is None else rope.traits[0]  # the width of a head
-    config = choose("linear_wgmma", features, WgmmaMemory(), x.device)
+    transposed = weight.stride(-1) != 1
+    matrix = (weight.mT if transposed else weight).flatten(0, -2)
+    features = {"M": m, "N": weight.shape[-2], "K": k, "gated": int(gated)}
+    if groups is None:
+        features["rope"] = 0 if rope is None else rope.traits[0]  # the width of a head
+        config = choose("linear_wgmma", features, WgmmaMemory(), x.device)
+        row_blocks = triton.cdiv(m, BLOCK_M)
+    else:
+        config = choose("moe_wgmma", {**features, "R": groups.rows}, WgmmaMemory(), x.device)
+        row_blocks = len(groups.tiles)
     block_n, helpers = config["BLOCK_N"], config["HELPERS"]
     # with one stage, the loading warp would wait for a buffer that is given back once the next one is read
     if helpers not in (2, 4) or block_n not in (128, 256) or config.num_stages < 2:
@@ -77,7 +103,7 @@ def multiply(
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     x_block, w_block = [BLOCK_M // 2, BLOCK_K], [BLOCK_K, out_n] if transposed else [out_n, BLOCK_K]
     shared = gl.NVMMASharedLayout.get_default_for
-    tiles = triton.cdiv(m, BLOCK_M) * triton.cdiv(y.shape[-1], out_n)
+    tiles = row_blocks * triton.cdiv(y.shape[-1], out_n)
     with on_device(x):
         launch(
             linear_kernel,
@@ -86,6 +112,8 @@ def multiply(
             TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), w_block, shared(w_block, dtype)),
             y,
             x if bias is None else bias,
+            x if groups is None else groups.tiles,
+            x if groups is None else groups.used,
             m,
             y.shape[-1],
             k,
@@ -96,6 +124,8 @@ def multiply(
             GATED=gated,
             TRANSPOSED=transposed,
             ROPE=None if rope is None else rope.traits,
+            GROUPED=groups is not None,
+            VECTOR=math.gcd(y.shape[-1], 8),  # neighbours that a thread stores at once
             BLOCK_M=BLOCK_M,
             BLOCK_N=block_n,
             BLOCK_K=BLOCK_K,
@@ -109,10 +139,12 @@ def multiply(
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # a copy only where the leading dimensions cannot be merged
-    contiguous_bias = bias is None or bias.stride(0) == 1
-    if min(*rows.shape, *weight.shape) == 0 or not contiguous_bias or not fits(rows, weight):
-        return (linear_act_torch.gate_up if gated else linear_act_torch.linear_act)(x, weight, bias, kind)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
+    contiguous_bias = bias is None or bias.stride(0) == 1
+    # tiles of up begin at column n of a weight that lies as [K, N], and TMA's begin at multiples of 16 bytes in a row
+    tiles_begin = weight.stride(1) == 1 or n % 8 == 0
+    if min(*rows.shape, *weight.shape) == 0 or not contiguous_bias or not tiles_begin or not fits(rows, weight):
+        return (linear_act_torch.gate_up if gated else linear_act_torch.linear_act)(x, weight, bias, kind)
     y = empty((*x.shape[:-1], n), x.dtype, x.device)
     multiply(rows, weight, bias, y, kind, gated)
     return y
@@ -126,9 +158,8 @@ def refuse_operands(signature: Signature) -> str | None:
     for name, spec in (("x", x), ("weight", weight)):
         if not isinstance(spec, TensorSpec) or spec.dtype not in (torch.float16, torch.bfloat16):
             return f"{name} is not of 16 bits"
-    n, k = weight.shape
-    if k is None or k % 8 or n is None or n % 8:
-        return f"weight {list(weight.shape)} has sizes that 8 does not divide"
+    if weight.shape[-2] is None or weight.shape[-1] is None or weight.shape[-1] % 8:
+        return f"weight {list(weight.shape)} has rows that 16 bytes do not divide"
     return None
 
 

@@ -17,7 +17,10 @@ from .launch import empty, launch
 from .skinny_triton import overlaps, start_dependent
 
 BLOCK = 256
-"""Pairs (token, slot) of one program of the sort."""
+"""Pairs (token, slot) of one program of the sort, at most."""
+
+PROGRAMS = 64
+"""So many programs of the sort before they get more pairs: each reads the counts of all others."""
 
 
 @triton.jit
@@ -56,6 +59,7 @@ def _route_kernel(
     places_ptr,
     tiles_ptr,
     ends_ptr,
+    used_ptr,
     P,  # pairs: tokens x slots
     E,
     BLOCKS,
@@ -108,6 +112,8 @@ def _route_kernel(
     # the tiles: expert, first row, rows; no rows where there is no tile
     if pid * TILES < MAX_TILES:
         count = (total + BLOCK_T - 1) // BLOCK_T
+        if pid == 0:
+            tl.store(used_ptr, tl.sum(count))
         last_tile = tl.cumsum(count, 0)
         tile = pid * TILES + tl.arange(0, TILES)
         e = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
@@ -132,12 +138,14 @@ class Routes(NamedTuple):
     * places `[pairs]`: where a pair is in the order, -1 for one that has no expert.
     * tiles `[max_tiles, 3]`: expert, first row in the order, rows.
     * ends `[experts]`: where the rows of each expert end.
+    * used `[1]`: how many tiles have rows. They come first.
     """
 
     order: Tensor
     places: Tensor
     tiles: Tensor
     ends: Tensor
+    used: Tensor
 
 
 def route(index: Tensor, experts: int, block_t: int) -> Routes:
@@ -149,8 +157,10 @@ def route(index: Tensor, experts: int, block_t: int) -> Routes:
     places = empty((pairs,), int32, index.device)
     tiles = empty((many, 3), int32, index.device)
     ends = empty((experts,), int32, index.device)
+    used = empty((1,), int32, index.device)
     width = max(16, triton.next_power_of_2(experts))
-    block = min(BLOCK, max(16, triton.next_power_of_2(pairs)))
+    block = min(BLOCK, max(64, triton.next_power_of_2(triton.cdiv(pairs, PROGRAMS))))
+    block = min(block, max(16, triton.next_power_of_2(pairs)))
     blocks = triton.cdiv(pairs, block)
     counts = order
     if blocks > 1:
@@ -180,6 +190,7 @@ def route(index: Tensor, experts: int, block_t: int) -> Routes:
         places,
         tiles,
         ends,
+        used,
         pairs,
         experts,
         blocks,
@@ -195,4 +206,4 @@ def route(index: Tensor, experts: int, block_t: int) -> Routes:
         **overlaps(index),
         num_warps=8 if block > 64 else 4,
     )
-    return Routes(order, places, tiles, ends)
+    return Routes(order, places, tiles, ends, used)

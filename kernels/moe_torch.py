@@ -48,7 +48,7 @@ def moe_experts(
         return y
     rows = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     with on_device(hidden):
-        _, places, _, ends = route(top_k_index, up.shape[0], 128)
+        _, places, _, ends, _ = route(top_k_index, up.shape[0], 128)
         x = torch.empty(tokens * top, width, dtype=hidden.dtype, device=hidden.device)
         blocks = triton.cdiv(width, _BLOCK)
         sizes = {"TOP": top, "BLOCK": _BLOCK, **overlaps(hidden)}

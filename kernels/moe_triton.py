@@ -219,7 +219,7 @@ def _run_grouped(call: _Call) -> None:
     memory = GroupedMemory(2 if call.epilogue["GATED"] else 1)
     config = choose("moe_grouped", call.features(first), memory, call.x.device)
     block_t = config["BLOCK_T"]
-    order, _, tiles, _ = route(call.index, experts, block_t)
+    order, _, tiles, *_ = route(call.index, experts, block_t)
     inner = empty((call.pairs, first.n), call.x.dtype, call.x.device)
     _grouped(call, True, config, call.x, order, tiles, inner)
     features = {**call.features(second), "BLOCK_T": block_t}

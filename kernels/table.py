@@ -70,6 +70,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             linear_act_wgmma,
             moe_torch,
             moe_triton,
+            moe_wgmma,
             qkv_rope_triton,
             qkv_rope_wgmma,
             rms_norm_triton,
@@ -96,6 +97,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             qkv_rope_wgmma,
             qkv_rope_triton,
             moe_triton,
+            moe_wgmma,
             moe_torch,
         ):
             for kernel in module.KERNELS:

@@ -69,10 +69,25 @@ def _place(tile, row_blocks, col_blocks, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def _rows(block, M, tiles_ptr, GROUPED: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The rows of a block: group, first row, end. A group's last block has fewer than BLOCK_M."""
+    if GROUPED:
+        tile_ptr = tiles_ptr + 3 * block
+        group = gl.load(tile_ptr)
+        first = gl.load(tile_ptr + 1)
+        end = first + gl.load(tile_ptr + 2)
+    else:
+        group = 0
+        first = block * BLOCK_M
+        end = M
+    return group, first, end
+
+
+@gluon.jit
 def _load(
-    x_desc, w_desc, x_bufs, w_bufs, full, free, row_blocks, col_blocks, K, up_offset,
-    GATED: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, w_desc, x_bufs, w_bufs, full, free, row_blocks, col_blocks, M, K, up_offset, tiles_ptr,
+    GROUPED: gl.constexpr, GATED: gl.constexpr, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: fills the ring of STAGES buffers, tile by tile."""
     OUT_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -81,18 +96,29 @@ def _load(
     phase = 1
     for tile in range(gl.program_id(0), row_blocks * col_blocks, gl.num_programs(0)):
         block_m, block_n = _place(tile, row_blocks, col_blocks, GROUP_M)
-        row = block_m * BLOCK_M
+        group, row, end = _rows(block_m, M, tiles_ptr, GROUPED, BLOCK_M)
         col = block_n * OUT_N
+        if not TRANSPOSED:
+            col += group * PARTS * up_offset
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(free.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            if GROUPED:  # the lower half of a group's last block may be empty
+                lower = end - row > BLOCK_M // 2
+                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2, pred=lower)
+                mbarrier.expect(bar, (BLOCK_M // 2 + BLOCK_N) * BLOCK_K * 2, pred=end - row <= BLOCK_M // 2)
+            else:
+                lower = True
+                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
             tma.async_copy_global_to_shared(x_desc, [row, k], bar, x_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(x_desc, [row + BLOCK_M // 2, k], bar, x_bufs.index(2 * stage + 1))
+            tma.async_copy_global_to_shared(
+                x_desc, [row + BLOCK_M // 2, k], bar, x_bufs.index(2 * stage + 1), pred=lower
+            )
             for part in gl.static_range(PARTS):
                 first = col + part * up_offset
                 if TRANSPOSED:
-                    tma.async_copy_global_to_shared(w_desc, [k, first], bar, w_bufs.index(PARTS * stage + part))
+                    place = [group * K + k, first]
+                    tma.async_copy_global_to_shared(w_desc, place, bar, w_bufs.index(PARTS * stage + part))
                 else:
                     tma.async_copy_global_to_shared(w_desc, [first, k], bar, w_bufs.index(PARTS * stage + part))
             stage += 1
@@ -120,10 +146,10 @@ def _hand_over(bufs, first: gl.constexpr, y, M: gl.constexpr, N: gl.constexpr, K
 
 @gluon.jit
 def _multiply(
-    b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full, y_free, row_blocks, col_blocks, N, K,
-    HALF: gl.constexpr, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, TRANSPOSED: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, WGMMA_N: gl.constexpr,
+    b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full, y_free, row_blocks, col_blocks, M, N, K, tiles_ptr,
+    GROUPED: gl.constexpr, HALF: gl.constexpr, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
+    TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr, WGMMA_N: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one half of the tile's rows: products in registers, handed over to the helpers."""
     ROWS: gl.constexpr = BLOCK_M // 2
@@ -135,10 +161,14 @@ def _multiply(
     y_phase = 1
     tiles = row_blocks * col_blocks
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block_n = _place(tile, row_blocks, col_blocks, GROUP_M)[1]
+        block_m, block_n = _place(tile, row_blocks, col_blocks, GROUP_M)
+        group, row, end = _rows(block_m, M, tiles_ptr, GROUPED, BLOCK_M)
         acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         last = 0
-        for k in range(0, K, BLOCK_K):
+        depth = K
+        if GROUPED and HALF == 1:  # nothing to multiply where there are no rows
+            depth = gl.where(end - row > ROWS, K, 0)
+        for k in range(0, depth, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             w = w_bufs.index(stage)
             if not TRANSPOSED:
@@ -154,9 +184,20 @@ def _multiply(
         if HAS_BIAS:  # on its way while the last products are computed
             c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
             cols = block_n * OUT_N + c % OUT_N
-            bias = gl.load(b_ptr + cols + (c // OUT_N) * N, mask=cols < N, other=0.0)
+            first = group * ((BLOCK_N // OUT_N) * N)
+            bias = gl.load(b_ptr + first + cols + (c // OUT_N) * N, mask=cols < N, other=0.0)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index(last), count=1)
+        if GROUPED and HALF == 1:
+            mbarrier.arrive(free.index(last), count=1, pred=depth > 0)
+            for _ in range(depth, K, BLOCK_K):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(free.index(stage), count=1)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+        else:
+            mbarrier.arrive(free.index(last), count=1)
         if HAS_BIAS:
             acc += gl.expand_dims(bias.to(gl.float32), 0)
         mbarrier.wait(y_free, y_phase)
@@ -174,31 +215,34 @@ def _multiply(
 
 @gluon.jit
 def _finish(
-    y_ptr, y_bufs, y_full, y_free, row_blocks, col_blocks, M, N, rope,
-    KIND: gl.constexpr, GATED: gl.constexpr, ROPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    GROUP_M: gl.constexpr, HELPERS: gl.constexpr,
+    y_ptr, y_bufs, y_full, y_free, row_blocks, col_blocks, M, N, rope, tiles_ptr,
+    GROUPED: gl.constexpr, VECTOR: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, ROPE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, HELPERS: gl.constexpr,
 ):  # fmt: skip
     """The helpers: the epilogue of one tile while the next is multiplied, and the stores to memory."""
     ROWS: gl.constexpr = BLOCK_M // 2
     OUT_N: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     STEP: gl.constexpr = 8 * HELPERS  # rows at a time: the registers of a helper are few
     PIECES: gl.constexpr = BLOCK_N // 64
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [HELPERS, 1], [1, 0])
+    LANES: gl.constexpr = 32 if VECTOR == 1 else 64 // VECTOR  # of a warp that share a row
+    layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [HELPERS, 1], [1, 0])
     dtype: gl.constexpr = y_bufs.dtype
+    N = N // VECTOR * VECTOR  # the same number, seen to be a multiple
     r = gl.arange(0, STEP, layout=gl.SliceLayout(1, layout))
     c = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), 0)
     phase = 0
     tiles = row_blocks * col_blocks
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block_m, block_n = _place(tile, row_blocks, col_blocks, GROUP_M)
+        _, first, end = _rows(block_m, M, tiles_ptr, GROUPED, BLOCK_M)
         done = tile + gl.num_programs(0) >= tiles
         for half in gl.static_range(2):
             mbarrier.wait(y_full.index(half), phase)
             for step in gl.static_range(ROWS // STEP):
-                rows = block_m * BLOCK_M + half * ROWS + step * STEP + r
+                rows = first + half * ROWS + step * STEP + r
                 if ROPE is None:
                     y_rows = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1)
-                    inside = gl.expand_dims(rows < M, 1)
+                    inside = gl.expand_dims(rows < end, 1)
                     for piece in gl.static_range(OUT_N // 64):
                         cols = block_n * OUT_N + piece * 64 + c
                         y = y_bufs.index(half * PIECES + piece).slice(step * STEP, STEP).load(layout)
@@ -309,9 +353,10 @@ def _turn_heads(
 
 @gluon.jit
 def linear_kernel(
-    x_desc, w_desc, y_ptr, b_ptr, M, N, K,
+    x_desc, w_desc, y_ptr, b_ptr, tiles_ptr, used_ptr, M, N, K,
     cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, length, cos_b, cos_s, sin_b, sin_s, q_end, k_end, eps, offset,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, TRANSPOSED: gl.constexpr, ROPE: gl.constexpr,
+    GROUPED: gl.constexpr, VECTOR: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     HELPERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -338,7 +383,7 @@ def linear_kernel(
     for i in gl.static_range(2):
         mbarrier.init(y_full.index(i), count=1)
         mbarrier.init(y_free.index(i), count=1)
-    row_blocks = gl.cdiv(M, BLOCK_M)
+    row_blocks = gl.load(used_ptr) if GROUPED else gl.cdiv(M, BLOCK_M)
     col_blocks = gl.cdiv(N, OUT_N)
     # the warps and registers of each role; together with the first role's they fill the register file
     if HELPERS == 4:
@@ -347,39 +392,43 @@ def linear_kernel(
                 y_ptr, y_bufs, y_full, y_free, row_blocks, col_blocks, M, N,
                 (cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, length, cos_b, cos_s, sin_b, sin_s,
                  q_end, k_end, eps, offset),
-                KIND, GATED, ROPE, BLOCK_M, BLOCK_N, GROUP_M, HELPERS,
+                tiles_ptr, GROUPED, VECTOR, KIND, GATED, ROPE, BLOCK_M, BLOCK_N, GROUP_M, HELPERS,
             )),
             (_multiply, (
                 b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full.index(0), y_free.index(0), row_blocks, col_blocks,
-                N, K, 0, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, WGMMA_N,
+                M, N, K, tiles_ptr, GROUPED, 0, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                STAGES, WGMMA_N,
             )),
             (_multiply, (
                 b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full.index(1), y_free.index(1), row_blocks, col_blocks,
-                N, K, 1, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, WGMMA_N,
+                M, N, K, tiles_ptr, GROUPED, 1, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                STAGES, WGMMA_N,
             )),
             (_load, (
-                x_desc, w_desc, x_bufs, w_parts, full, free, row_blocks, col_blocks, K, N,
-                GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+                x_desc, w_desc, x_bufs, w_parts, full, free, row_blocks, col_blocks, M, K, N, tiles_ptr,
+                GROUPED, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
             )),
         ], [4, 4, 1], [192, 192, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_multiply, (
                 b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full.index(0), y_free.index(0), row_blocks, col_blocks,
-                N, K, 0, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, WGMMA_N,
+                M, N, K, tiles_ptr, GROUPED, 0, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                STAGES, WGMMA_N,
             )),
             (_multiply, (
                 b_ptr, x_bufs, w_bufs, y_bufs, full, free, y_full.index(1), y_free.index(1), row_blocks, col_blocks,
-                N, K, 1, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, WGMMA_N,
+                M, N, K, tiles_ptr, GROUPED, 1, HAS_BIAS, KIND, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                STAGES, WGMMA_N,
             )),
             (_finish, (
                 y_ptr, y_bufs, y_full, y_free, row_blocks, col_blocks, M, N,
                 (cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, length, cos_b, cos_s, sin_b, sin_s,
                  q_end, k_end, eps, offset),
-                KIND, GATED, ROPE, BLOCK_M, BLOCK_N, GROUP_M, HELPERS,
+                tiles_ptr, GROUPED, VECTOR, KIND, GATED, ROPE, BLOCK_M, BLOCK_N, GROUP_M, HELPERS,
             )),
             (_load, (
-                x_desc, w_desc, x_bufs, w_parts, full, free, row_blocks, col_blocks, K, N,
-                GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+                x_desc, w_desc, x_bufs, w_parts, full, free, row_blocks, col_blocks, M, K, N, tiles_ptr,
+                GROUPED, GATED, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
             )),
         ], [4, 2, 1], [208, 88, 88])  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from kernel_checks import as_tuple, assert_close, in_dtypes, layout, on_devices, oracle
 
 from regraft.kernels import choice, linear_act_torch, linear_act_wgmma, tuning
+from regraft.kernels.features import features_of
 from regraft.kernels.linear_act import gate_up, linear_act
 from regraft.kernels.op import Kernel, Op
 from regraft.kernels.tuning import Config
@@ -46,7 +47,10 @@ def test_pytorch_product(rows: int, columns: int, depth: int, dtype: torch.dtype
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 8, 8), (130, 264, 72), (700, 1032, 520), (2100, 2560, 776)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"),
+    [(1, 8, 8), (130, 264, 72), (700, 1032, 520), (2100, 2560, 776), (300, 77, 64), (700, 1030, 520), (130, 20, 136)],
+)
 def test_wgmma(rows: int, columns: int, depth: int) -> None:
     x, weight, bias = linear(rows, 2 * columns, depth, torch.bfloat16, "cuda")
     for w in (weight, weight.t().contiguous().t()):
@@ -68,6 +72,18 @@ def test_each_wgmma_configuration(helpers: int, width: int, monkeypatch: pytest.
         x, weight, bias = linear(rows, 2 * columns, depth, torch.bfloat16, "cuda")
         check(WGMMA, linear_act, x, weight, bias, "silu")
         check(WGMMA, gate_up, x, weight, bias, "silu")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("columns", [1, 2, 3, 12, 50257, 30522])
+def test_columns_that_8_does_not_divide(columns: int) -> None:
+    """Labels and vocabularies: rows of the result begin anywhere."""
+    for rows in (1, 9, 300):
+        x, weight, bias = linear(rows, columns, 768, torch.bfloat16, "cuda")
+        check(WGMMA, linear_act, x, weight, bias, "identity")
+        check(WGMMA, linear_act, x, weight, None, "identity")
+        check(WGMMA, linear_act, x, weight.t().contiguous().t(), bias, "relu")
 
 
 @pytest.mark.gpu
@@ -131,6 +147,24 @@ def test_wgmma_refuses(device: str) -> None:
     assert half is not None
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "provider"),
+    [
+        (4096, 50257, 768, "wgmma"),  # cuBLAS is three to ten times slower where rows do not begin at 16 bytes
+        (128, 30522, 1024, "wgmma"),
+        (64, 50257, 768, "skinny"),
+        (1, 2, 768, "skinny"),
+        (512, 77, 4096, "cublas"),  # too few tiles
+        (4096, 768, 768, "cublas"),
+    ],
+)
+def test_what_was_fastest_on_the_h200(rows: int, columns: int, depth: int, provider: str) -> None:
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((rows, depth), (columns, depth)))
+    features = features_of("linear_act", (x, weight, None, "identity"))
+    found = next(e.provider for e in tuning.providers("nvidia_h200")["linear_act"] if e.matches(features))
+    assert found == provider
+
+
 @pytest.mark.parametrize("file", ["default", "nvidia_h200"])
 def test_every_size_has_a_configuration(file: str) -> None:
     memory = linear_act_wgmma.WgmmaMemory()
@@ -142,3 +176,6 @@ def test_every_size_has_a_configuration(file: str) -> None:
                     config = tuning.select_config("linear_wgmma", features, memory, file=file, limit=232448)
                     assert config is not None
                     assert not rope or config["BLOCK_N"] == 256  # whole heads of up to 256 columns
+                for many in (1, 200, 1000):
+                    features = {"M": rows, "N": n, "K": k, "gated": 1, "R": many}
+                    assert tuning.select_config("moe_wgmma", features, memory, file=file, limit=232448) is not None

@@ -9,11 +9,15 @@ import torch
 from kernel_checks import assert_close, layout, on_devices, oracle
 from torch import Tensor
 
-from regraft.kernels import moe_routing_triton, moe_torch, moe_triton
+from regraft.kernels import linear_act_wgmma, moe_routing_triton, moe_torch, moe_triton, moe_wgmma
 from regraft.kernels.launch import INTERPRETED
 from regraft.kernels.moe import moe_experts
+from regraft.kernels.tuning import Config
 
 HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 in_halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -65,7 +69,7 @@ def test_rows_by_expert(tokens: int, top: int, count: int, block: int, device: s
     index = torch.rand(tokens, count, device=device).topk(top, dim=-1).indices
     if tokens == 13:
         index[0, 0], index[1, 1] = count, -1
-    order, places, tiles, ends = moe_routing_triton.route(index, count, block)
+    order, places, tiles, ends, used = moe_routing_triton.route(index, count, block)
     flat = index.flatten()
     valid = (flat >= 0) & (flat < count)
     wanted = torch.sort(torch.where(valid, flat, count), stable=True)[1][: int(valid.sum())]
@@ -76,6 +80,8 @@ def test_rows_by_expert(tokens: int, top: int, count: int, block: int, device: s
         torch.where(valid, torch.arange(tokens * top, device=device), -1),
     )
     assert bool((places[~valid] == -1).all())
+    assert int(used) == int((tiles[:, 2] > 0).sum())
+    assert bool((tiles[: int(used), 2] > 0).all())
     times = torch.zeros(len(wanted), dtype=torch.int32)
     for e, first, rows in tiles.tolist():
         if rows > 0:
@@ -154,6 +160,65 @@ def test_grouped_by_pytorch_on_the_gpu(gated: bool, transposed: bool) -> None:
     assert kernel.supports(moe_experts.signature(*args, **named)) is None
     actual, reference = kernel.run(*args, **named), moe_experts.reference(*args, **named)
     assert_close(actual, reference, oracle(moe_experts, *args, **named)[0])
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("variant", ["silu", "not gated", "transposed"])
+@pytest.mark.parametrize(
+    ("tokens", "top", "count", "width", "inner"),
+    [(70, 3, 6, 128, 104), (700, 2, 5, 320, 264), (1500, 2, 8, 1024, 1792), (900, 8, 60, 256, 64)],
+)
+def test_wgmma(tokens: int, top: int, count: int, width: int, inner: int, variant: str) -> None:
+    """Blocks that end in their upper and in their lower half, experts without rows, pairs without an expert."""
+    named = VARIANTS[variant]
+    (kernel,) = moe_wgmma.KERNELS
+    for dtype, biased in ((torch.bfloat16, True), (torch.float16, False)):
+        args = experts(tokens, top, count, width, inner, dtype, "cuda", biased, **named)
+        assert args[1] is not None
+        args[1][3, 1], args[1][5] = count, -1
+        args[1][args[1] == 1] = 0  # twice the same expert for some tokens, none for expert 1
+        assert kernel.supports(moe_experts.signature(*args, **named)) is None
+        actual, reference = kernel.run(*args, **named), moe_experts.reference(*args, **named)
+        assert_close(actual, reference, oracle(moe_experts, *args, **named)[0])
+        assert layout(actual) == layout(reference)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_what_tma_cannot_read_is_left_to_the_other_kernel() -> None:
+    hidden, index, weights, up, down, _, _ = experts(90, 2, 4, 72, 40, torch.bfloat16, "cuda", False)
+    assert hidden is not None and index is not None and weights is not None and up is not None and down is not None
+    (kernel,) = moe_wgmma.KERNELS
+    for x, w, v in (
+        (hidden, up[:, :, ::2], down[:, ::2]),  # strides
+        (hidden.repeat(1, 2)[:, ::2], up, down),
+        (hidden, up.mT.contiguous().mT, down.mT.contiguous().mT),  # 72 and 40 end inside a tile of the depth
+    ):
+        x = x[:, : w.shape[2]]
+        truth = oracle(moe_experts, x, index, weights, w, v)[0]
+        assert_close(kernel.run(x, index, weights, w, v), moe_experts.reference(x, index, weights, w, v), truth)
+    assert kernel.run(hidden[:0], index[:0], weights[:0], up, down).shape == (0, 72)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("helpers", "width"), [(2, 128), (2, 256), (4, 128), (4, 256)])
+def test_each_configuration_of_wgmma(helpers: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config((("BLOCK_N", width), ("GROUP_M", 4), ("HELPERS", helpers)), 4, 3)
+    monkeypatch.setattr(linear_act_wgmma, "choose", lambda *args: config)
+    (kernel,) = moe_wgmma.KERNELS
+    args = experts(2000, 2, 5, 264, 1544, torch.bfloat16, "cuda", True)  # several tiles a program
+    assert_close(kernel.run(*args), moe_experts.reference(*args), oracle(moe_experts, *args)[0])
+
+
+@on_devices
+def test_wgmma_refuses(device: str) -> None:
+    (kernel,) = moe_wgmma.KERNELS
+    args = experts(3, 2, 4, 16, 8, torch.float16, device, True)
+    assert "more than an activation" in (kernel.supports(moe_experts.signature(*args, limit=1.0)) or "")
+    odd = experts(3, 2, 4, 20, 8, torch.float16, device, True)
+    assert "16 bytes" in (kernel.supports(moe_experts.signature(*odd)) or "")
 
 
 @on_devices

@@ -78,6 +78,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "linear_wgmma": dict.fromkeys(("M", "N", "K", "gated", "rope"), 1),
+        "moe_wgmma": dict.fromkeys(("M", "N", "K", "gated", "R"), 1),
         "heads": {"rows": 1, "D": 64},
         "moe_gemv": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
         "moe_grouped": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
