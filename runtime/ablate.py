@@ -121,12 +121,21 @@ def ablate(
     return bench
 
 
-def read_ablation(file: str) -> dict[str, Any]:
-    """The first result of a JSON of `bench ablate`. Raises InputError for a file that is not one."""
+def read_ablation(file: str, model: str) -> dict[str, Any]:
+    """The only result of a JSON of `bench ablate`, or of several the first of this model.
+
+    Raises InputError for a file that is not one, and where it has several models but not this one.
+    """
     try:
-        plain: dict[str, Any] = json.loads(Path(file).read_text())["results"][0]
-        for p in plain["passes"]:
-            Contribution(**p)
-        return {**plain, "ms": float(plain["ms"]), "row": str(plain["row"])}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        results: list[dict[str, Any]] = json.loads(Path(file).read_text())["results"]
+        for result in results:
+            for p in result["passes"]:
+                Contribution(**p)
+        rows = {str(result["row"]): {**result, "ms": float(result["ms"])} for result in results}
+        only = next(iter(rows))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise InputError(f"--ablation {file}: not the JSON of `bench ablate` ({type(error).__name__})") from error
+    row = only if len(rows) == 1 else next((r for r in rows if r.startswith(f"{model} ")), None)
+    if row is None:
+        raise InputError(f"--ablation {file}: has no row of {model}, only {', '.join(rows)}")
+    return rows[row]

@@ -81,7 +81,7 @@ def _optimize(args: argparse.Namespace) -> int:
     )
     report: Report = made if args.dry_run else made.report
     if args.ablation:
-        report.record.ablation = read_ablation(args.ablation)
+        report.record.ablation = read_ablation(args.ablation, bench_cli.name_of(args.model))
     if args.json != "-":
         print(report)
     arguments.write(args.json, report.to_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -70,4 +71,11 @@ def test_lines_and_files(tmp_path: Path) -> None:
     for text in ("{", '{"results": []}', '{"results": [{"passes": [{"name": 1}], "ms": 1, "row": ""}]}'):
         file.write_text(text)
         with pytest.raises(InputError, match="bench ablate"):
-            read_ablation(str(file))
+            read_ablation(str(file), "m")
+    both = [asdict(Ablation(f"{name} 1x2", ms, 0.1, passes)) for name, ms in (("m", 10.0), ("n", 20.0))]
+    file.write_text(json.dumps({"results": both}))
+    assert read_ablation(str(file), "n")["ms"] == 20.0
+    with pytest.raises(InputError, match="no row of o, only m 1x2, n 1x2"):
+        read_ablation(str(file), "o")
+    file.write_text(json.dumps({"results": both[:1]}))
+    assert read_ablation(str(file), "o")["ms"] == 10.0, "the only one"
