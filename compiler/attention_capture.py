@@ -25,6 +25,8 @@ _SCORE_SIZES = (1.0, 40.0)
 """Standard deviations of the scores under which the op is compared: typical ones, and ones that reach a softcap."""
 _LONGEST = 48
 """Rows and keys of the comparison."""
+_MANY_SCORES = 1 << 28
+"""Above it, a concrete run computes the scores head by head."""
 _TOLERANCE = 1e-4
 """The comparison runs in fp64, but many models do the softmax in fp32 whatever they are given; a keyword that was
 dropped changes the result by far more."""
@@ -55,6 +57,25 @@ def op_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: b
         0 if causal else -1,
         float(softcap) if softcap is not None else 0.0,
     )
+
+
+def attention_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **keywords: Any) -> Tensor:
+    """As `op_attention`, for one kv head after the other where all scores would take much memory: a long example."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if q.shape[0] * heads * q.shape[2] * k.shape[2] <= _MANY_SCORES:
+        return op_attention(q, k, v, mask, causal, **keywords)
+    group = heads // kv_heads
+
+    def of(head: int, tensor: Any, dim: int) -> Any:
+        shared = not isinstance(tensor, Tensor) or tensor.dim() <= dim or tensor.shape[dim] != heads
+        return tensor if shared else tensor.narrow(dim, head * group, group)
+
+    parts = []
+    for head in range(kv_heads):
+        bias, sinks = of(head, keywords.get("position_bias"), 1), of(head, keywords.get("s_aux"), 0)
+        one = (of(head, q, 1), k[:, head : head + 1], v[:, head : head + 1], of(head, mask, 1))
+        parts.append(op_attention(*one, causal, **{**keywords, "position_bias": bias, "s_aux": sinks}))
+    return torch.cat(parts, dim=2)
 
 
 def is_causal(module: nn.Module, keywords: dict[str, Any]) -> bool:
@@ -117,7 +138,8 @@ class AttentionCapture:
         if module in self.alone:
             return self._own(module, q, k, v, attention_mask, keywords)
         causal = self._causal(module, attention_mask, keywords)
-        return op_attention(q, k, v, attention_mask, causal, **keywords), None
+        attend = attention_in_parts if self.checking else op_attention
+        return attend(q, k, v, attention_mask, causal, **keywords), None
 
     def _causal(self, module: nn.Module, mask: Tensor | None, keywords: dict[str, Any]) -> bool:
         """A call without a mask sees everything in eager attention, and is causal in the others if the module is."""

@@ -23,6 +23,7 @@ from ..compiler.verify import Distance, higher
 from .bench import REGRAFT, Bench, Result, device_name, table
 from .certificate import named_outputs
 from .checks import dtype_of
+from .device_memory import release_unused
 from .loading import inputs_for
 from .optimize import optimize, restore
 from .oracle import run_oracle, run_reference
@@ -111,14 +112,10 @@ class Truth:
     """What a call should give, by output, and how far an answer may be from it."""
 
     oracle: dict[str, torch.Tensor]
+    """On the host: on a device it would keep memory around it from the graphs of the candidates, which have pools."""
     error: dict[str, Distance]
     """Of the model's own eager code in its own precision."""
     bound: dict[str, Distance]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors kept."""
-        return sum(t.nbytes for t in self.oracle.values())
 
 
 def truth_of(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Truth:
@@ -126,7 +123,8 @@ def truth_of(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) ->
     oracle = _floats(run_oracle(model, model.forward, inputs, higher(dtype)))
     own = _floats(run_reference(model, model.forward, inputs))
     error = {k: distance_of(v, oracle[k]) for k, v in own.items()}
-    return Truth(oracle, error, {k: bound_of(e, oracle[k], dtype) for k, e in error.items()})
+    bound = {k: bound_of(e, oracle[k], dtype) for k, e in error.items()}
+    return Truth({k: v.cpu() for k, v in oracle.items()}, error, bound)
 
 
 @contextmanager
@@ -185,7 +183,7 @@ def measured(
                 done = _judged(done, _floats(run(**inputs)), truth)
                 if done.problem and blank.candidate != "eager":
                     return done
-                done = replace(done, peak_gb=_peak_gb(run, inputs, device, truth))
+                done = replace(done, peak_gb=_peak_gb(run, inputs, device))
                 call = bound_call(run, inputs)
                 timing = measure({"": call}, device, rounds=rounds, calls=calls)[""]
                 return replace(done, timing=timing, host_ms=_host_ms(call, device, calls))
@@ -201,7 +199,7 @@ def _judged(result: Result, found: Mapping[str, torch.Tensor], truth: Truth) -> 
     absent = [k for k in truth.oracle if k not in found]
     if absent:
         return replace(result, problem=f"wrong: no output {absent[0]}")
-    distances = {k: distance_of(found[k], oracle) for k, oracle in truth.oracle.items()}
+    distances = {k: distance_of(found[k], oracle.to(found[k].device)) for k, oracle in truth.oracle.items()}
     worst = max(distances, key=lambda k: distances[k].largest / (truth.bound[k].largest or 1.0))
     wrong = [k for k, d in distances.items() if not d <= truth.bound[k]]
     return replace(
@@ -213,8 +211,8 @@ def _judged(result: Result, found: Mapping[str, torch.Tensor], truth: Truth) -> 
     )
 
 
-def _peak_gb(run: Callable[..., Any], inputs: Inputs, device: torch.device, truth: Truth) -> float:
-    """The most device memory taken during calls, without what the bench itself keeps.
+def _peak_gb(run: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
+    """The most device memory taken during calls, without the inputs.
 
     What the allocator has reserved counts, for every candidate: the pools of CUDA graphs are never seen as in use.
     """
@@ -225,7 +223,7 @@ def _peak_gb(run: Callable[..., Any], inputs: Inputs, device: torch.device, trut
     for _ in range(2):
         run(**inputs)
     _wait(device)
-    own = truth.nbytes + sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+    own = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
     return (torch.cuda.max_memory_reserved(device) - own) / 1e9
 
 
@@ -272,7 +270,7 @@ def _clean(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        release_unused()
 
 
 def _wait(device: torch.device) -> None:
