@@ -73,7 +73,7 @@ class MaskGuard:
             mask, *rest = self.slice(tensors)
         except SliceError:
             return False
-        visible = _visibility(mask)
+        visible = visibility(mask)
         return visible is not None and _equals(visible, rest[0] if rest else None, queries, keys, self.found)
 
 
@@ -82,7 +82,7 @@ class Masks:
 
     def __init__(self, program: Program, model: nn.Module) -> None:
         self.program, self.model = program, model
-        self._candidates = _config_sizes(model)
+        self._candidates = config_sizes(model)
         self._known: dict[tuple[Any, ...], Description] = {}
 
     def classify(self, node: fx.Node) -> Description:
@@ -117,7 +117,7 @@ class Masks:
 
     def _classify(self, source: fx.Node, argument: str, lengths: tuple[Any, Any]) -> Description:
         alone = Slice.of(self.program, [source], self.model)
-        if _reads_activations(source):
+        if reads_activations(source):
             return Description("bias", argument, reason="it is computed from activations")
         fitted = self._fit(alone, argument, lengths)
         if not fitted.replaceable:
@@ -140,7 +140,7 @@ class Masks:
         last = Description("unknown", argument, reason="it is no window")
         for fill in (1, 3):  # a padding mask of ones, or tokens none of which is padding
             tensors = {n: t if t.is_floating_point() else t * fill for n, t in sample(self.program, sizes).items()}
-            visible = _visibility(piece(tensors)[0])
+            visible = visibility(piece(tensors)[0])
             if visible is None:
                 return Description("bias", argument, reason="its values are not only 0 and the lowest")
             if visible.dim() > 1 and (visible != visible[:1, :1]).any():
@@ -154,7 +154,8 @@ class Masks:
             found = _window_of(plane, argument, queries, keys)
             if _equals(plane[None, None], None, queries, keys, found):
                 return found
-            last = Description(_name(plane, self._candidates), argument, reason="it is no window around the query")
+            kind = name_of_plane(plane, self._candidates)
+            last = Description(kind, argument, reason="it is no window around the query")
         return last
 
     def _agrees(self, piece: Slice, found: Description, lengths: tuple[Any, Any]) -> bool:
@@ -162,7 +163,7 @@ class Masks:
             queries, keys = (_evaluate(length, sizes) for length in lengths)
             for tensors in _patterns(sample(self.program, sizes), small=keys <= 64):
                 visible, *rest = piece(tensors)
-                seen = _visibility(visible)
+                seen = visibility(visible)
                 if seen is None or not _equals(seen, rest[0] if rest else None, queries, keys, found):
                     return False
         return True
@@ -197,7 +198,7 @@ def _evaluate(length: Any, sizes: Mapping[str, int]) -> int:
     return int(length.subs({s: sizes[str(s)] for s in length.free_symbols}))
 
 
-def _visibility(mask: Tensor) -> Tensor | None:
+def visibility(mask: Tensor) -> Tensor | None:
     """`[B, H, Q, K]` bool; an additive mask is one where all values are 0 or at most half the lowest number."""
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
     if mask.dtype == torch.bool:
@@ -247,7 +248,7 @@ def _window_of(plane: Tensor, argument: str, queries: int, keys: int) -> Descrip
     return Description(kind, argument, True, left, right, None, "", keys)
 
 
-def _name(plane: Tensor, candidates: list[int]) -> str:
+def name_of_plane(plane: Tensor, candidates: list[int]) -> str:
     """A name for a plane that is no window, for the report."""
     queries, keys = plane.shape
     q, k = torch.arange(queries)[:, None], torch.arange(keys)[None]
@@ -317,7 +318,7 @@ def _style(tensor: Tensor, style: str, generator: torch.Generator) -> Tensor:
     return out
 
 
-def _reads_activations(source: fx.Node) -> bool:
+def reads_activations(source: fx.Node) -> bool:
     """Whether anything on the way is a matrix product or an attention: then it is no mask."""
     seen, stack = set(), [source]
     heavy = ("linear", "addmm", "mm", "bmm", "matmul", "attention", "convolution")
@@ -332,7 +333,7 @@ def _reads_activations(source: fx.Node) -> bool:
     return False
 
 
-def _config_sizes(model: nn.Module) -> list[int]:
+def config_sizes(model: nn.Module) -> list[int]:
     """Every whole number in the config, nested ones too, ascending: one of them may be a window."""
     config = getattr(model, "config", None)
     stack: list[Any] = [config.to_dict() if config is not None and hasattr(config, "to_dict") else {}]

@@ -105,3 +105,38 @@ def _longest(program: Program, model: nn.Module, node: fx.Node, rows: int, symbo
 def _largest(piece: Slice, program: Program, symbol: str, length: int) -> int:
     values: dict[str, Tensor] = sample(program, {symbol: length})
     return int(piece(values)[0].max())
+
+
+def positions_allowed(program: Program, model: nn.Module) -> int | None:
+    """How many positions the tables have that are looked up by `position_ids`; None where there is no such table."""
+    found: list[int] = []
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            table, index, dim = node.args[0], node.args[1], 0
+        elif node.target is torch.ops.aten.gather.default or node.target is torch.ops.aten.index_select.default:
+            table, dim, index = node.args[:3]
+        elif node.target is torch.ops.aten.index.Tensor and len(node.args[1]) == 1:
+            table, index, dim = node.args[0], node.args[1][0], 0
+        else:
+            continue
+        rows = table.meta["val"].shape[dim]
+        if not isinstance(rows, int) or not isinstance(index, fx.Node):
+            continue
+        try:
+            piece = Slice.of(program, [index], model)
+            if piece.users_by_value != ("position_ids",) and index.target != "position_ids":
+                continue
+            first, second = (_index_at(piece, program, start) for start in (0, _LONG))
+        except SliceError as error:
+            log.debug("positions %s: %s", node.name, error)
+            continue
+        if second - first == _LONG:
+            found.append(rows - first)
+    return min(found, default=None)
+
+
+def _index_at(piece: Slice, program: Program, position: int) -> int:
+    """The largest index for tokens that all stand at one position."""
+    tensors = sample(program, {})
+    tensors["position_ids"] = torch.full_like(tensors["position_ids"], position)
+    return int(piece(tensors)[0].max())

@@ -52,7 +52,8 @@ class Input:
     name: str
     kind: InputKind
     target: str
-    value: torch.Tensor | None = None
+    value: Any = None
+    """Of a CONSTANT its tensor; of STEP and PAGES an example, by which kernels are checked."""
     recipe: Recipe | None = None
 
 
@@ -181,6 +182,8 @@ class Program:
 
     layers: tuple[LayerSpec, ...] = ()
     """Of a graph whose keys and values lie in pages: each attention, in the order of the graph."""
+    longest: tuple[int, str] | None = None
+    """Of such a graph: the most tokens that a sequence may have, and why; None where there is no end."""
 
     @property
     def graph(self) -> fx.Graph:

@@ -33,13 +33,16 @@ from .pattern import Builder, Pattern, trace
 
 
 class Stage(enum.IntEnum):
-    """When a pass runs. RAISE rules see canonical ATen, FUSE rules the semantic ops that RAISE made."""
+    """When a pass runs. RAISE rules see canonical ATen, FUSE rules the semantic ops that RAISE made.
+
+    CACHE puts keys and values into pages, where a graph for decoding is made."""
 
     CANONICALIZE = 1
     RAISE = 2
     FUSE = 3
-    PACK = 4
-    LOWER = 5
+    CACHE = 4
+    PACK = 5
+    LOWER = 6
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ microseconds, which is how they are classified (`masks`) and bounded (`positions
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .program import Input, InputKind, Program
+from .verify import Upcast
 
 _LARGEST_STATE = 1 << 22
 """A slice that reads more elements of parameters than this is not a mask."""
@@ -76,12 +79,31 @@ class Slice:
         graph.output(tuple(env[node] for node in nodes))
         return cls(fx.GraphModule(program.gm, graph), tuple(inputs), model, len(wanted))
 
-    def __call__(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate on inputs by keyword; raises `SliceError` where the slice does not run on them."""
+    def with_number(self, old: int, new: int) -> Slice:
+        """The same slice with another number where the graph has `old`: a window of another width, say."""
+        graph = copy.deepcopy(self.module.graph)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                node.args, node.kwargs = tree_map(
+                    lambda x: new if type(x) is int and x == old else x, (node.args, node.kwargs)
+                )
+        return replace(self, module=fx.GraphModule(self.module, graph))
+
+    def numbers(self) -> frozenset[int]:
+        """The whole numbers in the slice's graph."""
+        given = [x for n in self.module.graph.nodes for x in tree_leaves((n.args, n.kwargs))]
+        return frozenset(x for x in given if type(x) is int)
+
+    def __call__(self, tensors: dict[str, Tensor], target: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Evaluate on inputs by keyword, with `target` every floating value in that precision.
+
+        Raises `SliceError` where the slice does not run on them.
+        """
         values = [tensors[i.target] if i.kind is InputKind.USER else _state(i, self.model) for i in self.inputs]
         try:
             with torch.no_grad():
-                out: tuple[Tensor, ...] = self.module(*values)
+                run = self.module if target is None else Upcast(self.module, target).run
+                out: tuple[Tensor, ...] = run(*values)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise SliceError(f"does not run at this size: {error}") from error
         return out

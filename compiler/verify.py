@@ -109,6 +109,8 @@ class Evaluator:
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             meaning = self._stands_for(node)
+            if meaning.kind in (InputKind.STEP, InputKind.PAGES):
+                return meaning.value
             return self._inputs[meaning.target] if meaning.kind is InputKind.USER else self._weights(meaning)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._read)
         return node.target(*args, **kwargs)  # type: ignore[operator]

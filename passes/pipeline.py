@@ -13,6 +13,7 @@ from . import (
     add_norm,
     attention,
     attention_scale,
+    cache,
     canonicalize,
     eager_attention,
     gate_up,
@@ -69,6 +70,13 @@ PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES if p.optional)
 """What a user can switch off."""
 
 
-def compile_program(program: Program, settings: Settings) -> Compiled:
-    """Run the pipeline on a copy of `program`."""
-    return compile_with(program, PASSES, settings)
+PAGED: tuple[Pass, ...] = (
+    *(p for p in PASSES if p.name != "masks"),  # what they say is asked once more, for one sequence
+    Pass("cache", Stage.CACHE, run=cache.cache, optional=False),
+)
+"""For a graph of flat tokens, whose keys and values lie in pages."""
+
+
+def compile_program(program: Program, settings: Settings, *, paged: bool = False) -> Compiled:
+    """Run the pipeline on a copy of `program`; with `paged`, CacheError where keys cannot be kept in pages."""
+    return compile_with(program, PAGED if paged else PASSES, settings)

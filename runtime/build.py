@@ -18,7 +18,7 @@ from torch import nn
 
 from ..compiler.errors import CaptureError
 from ..compiler.expected import PASS_OF, expectations
-from ..compiler.program import Input, Note, Program
+from ..compiler.program import Input, Note, Program, Recipe
 from ..compiler.records import PassResult
 from . import caches
 from .call import Call
@@ -70,10 +70,12 @@ class Stages(Protocol):
         module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
+        paged: bool = False,
     ) -> CompiledLike:
         """The program after all passes, with their results; `program` stays as it was.
 
-        Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text.
+        Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text. With
+        `paged`, keys and values lie in pages; raises CacheError where they cannot.
         """
         ...
 
@@ -123,13 +125,15 @@ class Builder:
         stages: Stages,
     ) -> None:
         self.module, self.weights, self.options, self.record = module, weights, options, record
-        self._original, self._overridden, self._stages = original, overridden, stages
+        self.original, self.overridden, self.stages = original, overridden, stages
         self.start_anew()
 
     def start_anew(self) -> None:
         """After the weights took another form: nothing that was built is right any more."""
         self.device = device_of(self.module)
         self.served: list[Served] = []
+        self.paged: list[Recipe] = []
+        """What the graphs over pages want packed."""
 
     def build(self, call: Call) -> Served:
         """Capture, compile, pack and certify.
@@ -155,7 +159,7 @@ class Builder:
             else:
                 entry.notes.append(Note("", str(error)))
             log.warning("%s: %s", entry.arguments, error)
-            self.weights.keep(r for s in self.served for r in s.run.recipes)
+            self.weights.keep([*(r for s in self.served for r in s.run.recipes), *self.paged])
             raise error
         if self.device.type == "cuda":
             release_unused()  # what checking took
@@ -170,13 +174,13 @@ class Builder:
 
     def _build(self, call: Call, entry: SignatureRecord) -> Served:
         with timed(entry.seconds, "capture"):
-            unbound = self._unbound if self._overridden else type(self.module).forward
-            forward = nest(unbound, call.shapes) if self._overridden or call.shapes else None
-            program = self._stages.capture(self.module, call, forward)
+            unbound = self.unbound if self.overridden else type(self.module).forward
+            forward = nest(unbound, call.shapes) if self.overridden or call.shapes else None
+            program = self.stages.capture(self.module, call, forward)
         entry.notes += program.notes
         program.example = self._short(program, entry)
 
-        certifier = Certifier(self.module, nest(self._original, call.shapes), program, call.given, self.weights.value)
+        certifier = Certifier(self.module, nest(self.original, call.shapes), program, call.given, self.weights.value)
         attempt = self._attempts(program, entry, certifier)
         tried = attempt(self.options.verify, frozenset(), True)
         if not tried.certificate.passed:
@@ -223,7 +227,7 @@ class Builder:
     def _guarded(self, executable: Executable, program: Program, deny: frozenset[Site] = frozenset()) -> Guarded:
         def keeping_masks() -> Executable:
             options = replace(self.options, passes={**self.options.passes, "masks": False})
-            made = self._stages.compile(
+            made = self.stages.compile(
                 program,
                 options,
                 self.weights.value,
@@ -265,7 +269,7 @@ class Builder:
 
         def attempt(verify: str, deny: frozenset[Site], kernels: bool) -> Attempt[Executable]:
             compile_it = partial(
-                self._stages.compile,
+                self.stages.compile,
                 program,
                 self.options,
                 self.weights.value,
@@ -290,17 +294,17 @@ class Builder:
     def _pack(self, executable: Executable, entry: SignatureRecord) -> None:
         """Pack what this and the graphs already in use want, and nothing else."""
         with timed(entry.seconds, "pack"):
-            self.weights.keep([*(r for s in self.served for r in s.run.recipes), *executable.recipes])
+            self.weights.keep([*(r for s in self.served for r in s.run.recipes), *self.paged, *executable.recipes])
             executable.prepare()
 
     @property
-    def _unbound(self) -> Callable[..., Any]:
+    def unbound(self) -> Callable[..., Any]:
         """An overridden forward as a function of the module too, which is how captured functions are called."""
 
         def unbound(module: nn.Module, **kwargs: Any) -> Any:
-            return self._original(**kwargs)
+            return self.original(**kwargs)
 
-        unbound.__signature__ = inspect.signature(self._original)  # type: ignore[attr-defined]
+        unbound.__signature__ = inspect.signature(self.original)  # type: ignore[attr-defined]
         return unbound
 
 

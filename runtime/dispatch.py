@@ -10,8 +10,8 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from .parts import parts_of
 from .record import Record
 from .report import Report
 from .weights import Change, Weights
+
+T = TypeVar("T")
 
 MAX_SIGNATURES = 32
 """Graphs kept for one model; further signatures go to the original."""
@@ -135,6 +137,21 @@ class Dispatch:
         call = self.bound.signature.take_apart((), kwargs)
         check_inputs(call.tensors, call.past)
         return Unserved(call.unserved) if call.unserved is not None else self._find(self.bound, call)
+
+    def once(self, key: Hashable, make: Callable[[Builder], T]) -> T:
+        """What `make` makes of the model, made again only after its weights took another form."""
+        bound = self.bound
+        with self._lock:
+            if bound.weights.changes() is not Change.NONE:
+                self._follow(bound)
+            if key not in bound.made:
+                self._local.inside = True
+                try:
+                    bound.made[key] = make(bound.builder)
+                finally:
+                    self._local.inside = False
+            found: T = bound.made[key]
+            return found
 
     def _unservable(self, bound: _Bound) -> str | None:
         """Why no call can be served by a graph just now, whatever its arguments."""
@@ -321,7 +338,10 @@ class _Bound:
             dispatch.stages,
         )
 
+        self.made: dict[Hashable, Any] = {}
+
     def start_anew(self) -> None:
+        self.made.clear()
         self.weights.look_again()
         self.hooks = Hooks(self._module)
         self.builder.start_anew()

@@ -60,5 +60,7 @@ class Record:
     """Those of `optimize` that are not at their default."""
     ablation: dict[str, Any] | None = None
     """What each fusion contributes: one result of `bench ablate`."""
+    generate: dict[str, Any] | None = None
+    """How tokens are generated: `paged` with `layers`, `groups` and the check's errors, or the `reason` why not."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes: `weights`, `packed_views` (no extra memory), `packed_copies` (extra)."""

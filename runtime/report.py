@@ -136,6 +136,7 @@ class Report:
             "passes": [pass_dict(p) for p in self.passes],
             "signatures": [signature_dict(s) for s in record.signatures],
             "memory": dict(record.memory),
+            "generate": record.generate,
             "ablation": record.ablation,
             "cost": cost.to_dict() if cost is not None else None,
         }

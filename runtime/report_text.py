@@ -40,6 +40,7 @@ def to_text(report: Report) -> str:
     lines += _memory(report)
     if main is not None and main.launches is not None and record.device.startswith("cuda"):
         lines.append(_line("Launches", main.launches()))
+    lines += _generate(report)
     others = [s for s in record.signatures if s is not main]
     lines += _section("Also", [f"{s.arguments}: {_served(s, record.device)}" for s in others], 1)
     lines += _section("Note", _notes(report), 2)
@@ -172,6 +173,18 @@ def _memory(report: Report) -> list[str]:
         return []
     shared, extra = memory["packed_views"], memory.get("packed_copies", 0)
     return [_line("Memory", f"{nbytes(shared)} of weights packed in place, {nbytes(extra)} added")]
+
+
+def _generate(report: Report) -> list[str]:
+    """How tokens are generated, once that is known."""
+    found = report.record.generate
+    if found is None:
+        return []
+    if not found["paged"]:
+        return [_line("Generate", f"not paged: {found['reason']}")]
+    windows = ", ".join("all keys" if w < 0 else f"window {w + 1}" for w in found["windows"])
+    text = f"paged: {found['layers']} layers, {len(found['windows'])} groups ({windows})"
+    return [_line("Generate", f"{text}; error {found['error']:.1e}, allowed {found['bound']:.1e}")]
 
 
 def _notes(report: Report) -> list[str]:

@@ -42,8 +42,12 @@ class Pipeline:
         module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
+        paged: bool = False,
     ) -> Compiled:
-        """All passes that the options leave enabled; `program` stays as it was."""
+        """All passes that the options leave enabled; `program` stays as it was.
+
+        With `paged` CacheError where keys and values cannot be kept in pages.
+        """
         off = {name for name, node in deny if node == "*"} | (set() if kernels else {"lower"})
         settings = Settings(
             device=device,
@@ -56,4 +60,4 @@ class Pipeline:
             model=module,
             keep_text=keep_text,
         )
-        return compile_program(program, settings)
+        return compile_program(program, settings, paged=paged)

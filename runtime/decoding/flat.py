@@ -1,171 +1,132 @@
-"""A model as a function of flat tokens: sequences lie one behind the other, keys and values in pages.
+"""From an optimized model to its flat program: captured over flat tokens, compiled, compared with lone runs.
 
-    flat = flat_program(model)          # FlatProgram, or Unserved with the reason
-    flat.bind(pages)                    # (k, v) of each layer, [P, page, kv_heads, dim]
-    logits = flat(step)                 # [R, V]
-
-One graph serves prefill, chunked prefill and decode, alone and mixed.
+flat = flat_program(model)          # FlatProgram, or Unserved with the reason, which the report has too
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import getitem, itemgetter
-from typing import Any, Final
+import inspect
+import logging
+import time
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from ...compiler.program import InputKind, LayerSpec, Program, Recipe
-from ...kernels import choice
-from ...kernels.replay import ALIGNMENT, observed
-from ..build import Unserved
-from ..direct import direct
-from ..weights import Weights, pack_key
+from ...compiler.capture import capture
+from ...compiler.causal import CacheError
+from ...compiler.errors import CaptureError
+from ...compiler.program import InputKind, LayerSpec, Program
+from ...passes.cache import EXAMPLE, ROWS
+from ..build import Builder, Unserved, evaluating
+from ..dispatch import Dispatch
+from .flat_check import Checked, check
+from .program import FlatProgram, Step
 
-__all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved"]
+__all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
 
-MAX_SHAPES: Final = 1024
-"""Sets of sizes whose launch plans are kept."""
+log = logging.getLogger("regraft")
 
 
-@dataclass
-class Step:
-    """One call: T tokens of S sequences, logits of R of them. Tensors are on the model's device.
+def flat_program(model: nn.Module) -> FlatProgram | Unserved:
+    """The flat program of an optimized model; the first call makes it, later ones see that it is still right.
 
-    Tokens behind `cu_seqlens_q[-1]` are padding: their slots are -1 and nobody may ask for their rows.
+    Call it before each use: after the weights changed it brings packed ones up to date (`FlatProgram.version` is
+    another number then), and after they took another form it makes another program. Raises ValueError where the model
+    is not optimized.
     """
-
-    input_ids: Tensor
-    """int64 [1, T]"""
-    position_ids: Tensor
-    """int64 [1, T], from 0 in each sequence."""
-    rows: Tensor
-    """int64 [R]: the tokens, counted over the whole batch, whose logits are wanted; at least one."""
-    cu_seqlens_q: Tensor
-    """int32 [S + 1]: sequence s has the tokens from cu_seqlens_q[s] to cu_seqlens_q[s + 1]."""
-    lengths: Tensor
-    """int32 [S]: tokens of the sequence after this step; 0 for a row of a bucket that is not used."""
-    slots: tuple[Tensor, ...]
-    """For each group int64 [T]: where the token's key and value go, page * page size + offset; negative: nowhere."""
-    tables: tuple[Tensor, ...]
-    """For each group int32 [S, most]: the pages of the sequence, in order."""
-    max_q: int
-    """The most tokens of one sequence in this step."""
+    dispatch = model.__dict__.get("forward")
+    if not isinstance(dispatch, Dispatch):
+        raise ValueError(f"this {type(model).__name__} is not optimized; call regraft.optimize(model) first")
+    return dispatch.once("flat", _make)
 
 
-class FlatProgram:
-    """A compiled program over pages, bound to the live weights of a model."""
-
-    def __init__(self, program: Program, weights: Weights, vocab: int, max_positions: int | None = None) -> None:
-        self.program = program
-        self.layers = program.layers
-        self.groups = _windows(program.layers)
-        """The window `left` of each group; -1: all keys are visible."""
-        self.vocab, self.max_positions = vocab, max_positions
-        self._weights = weights
-        self._run = direct(program.gm)
-        by_kind = {kind: [i for i in program.inputs if i.kind is kind] for kind in InputKind}
-        live = by_kind[InputKind.PARAMETER] + by_kind[InputKind.BUFFER]
-        self._tables, self._names = zip(*(weights.slots[i.target] for i in live), strict=True)
-        self._constants = [weights.value(i) for i in by_kind[InputKind.CONSTANT]]
-        self.recipes: list[Recipe] = [i.recipe for i in by_kind[InputKind.PACKED] if i.recipe is not None]
-        self._packs = [pack_key(r) for r in self.recipes]
-        self._of_step = [_reader(i.target) for i in by_kind[InputKind.USER] + by_kind[InputKind.STEP]]
-        self._paged = [i.target for i in by_kind[InputKind.PAGES]]
-        self._pages: list[Tensor | None] | None = None
-        own = by_kind[InputKind.USER] + by_kind[InputKind.STEP]
-        ordered = own + by_kind[InputKind.PAGES] + live + by_kind[InputKind.CONSTANT] + by_kind[InputKind.PACKED]
-        place = {id(meaning): index for index, meaning in enumerate(ordered)}
-        self._arrange = itemgetter(*(place[id(meaning)] for meaning in program.inputs))
-        self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self._seen: set[tuple[Any, ...]] = set()
-        self._version = -1
-
-    @property
-    def version(self) -> int:
-        """Another number after weights moved: what was made of the old ones, such as a CUDA graph, is stale."""
-        return self._weights.version
-
-    def bind(
-        self, pages: Sequence[tuple[Tensor, Tensor]], scales: Sequence[tuple[Tensor, Tensor]] | None = None
-    ) -> None:
-        """Use these pages from now on: K and V of each layer, and their scales (float32 `[P, page, kv_heads]`).
-
-        They are read and written where they are. Raises ValueError where they are not as `layers` says.
-        """
-        for index, (layer, pair) in enumerate(zip(self.layers, pages, strict=True)):
-            for tensor, name, dim in zip(pair, ("k", "v"), (layer.key_dim, layer.value_dim), strict=True):
-                if tensor.dim() != 4 or tuple(tensor.shape[2:]) != (layer.kv_heads, dim):
-                    wanted = f"[P, page, {layer.kv_heads}, {dim}]"
-                    raise ValueError(f"{name} pages of layer {index} are {list(tensor.shape)}, wanted {wanted}")
-                if tensor.dtype != layer.dtype:
-                    raise ValueError(f"{name} pages of layer {index} are {tensor.dtype}, wanted {layer.dtype}")
-        given: dict[str, Tensor] = {}
-        for kind, pairs in (("", pages), ("_scale", scales or ())):
-            for index, (k, v) in enumerate(pairs):
-                given |= {f"k{kind}.{index}": k, f"v{kind}.{index}": v}
-        self._pages = [given.get(name) for name in self._paged]
-        self._forget()
-
-    @torch.no_grad()
-    def __call__(self, step: Step) -> Tensor:
-        """Write the keys and values of the tokens into the pages, and return logits `[R, V]`.
-
-        Who calls has made sure that the model's weights are as they were (`flat_program` looks). Raises RuntimeError
-        before `bind`.
-        """
-        if self._pages is None:
-            raise RuntimeError("a flat program needs pages: call bind(pages) first")
-        own = [read(step) for read in self._of_step]
-        values = [*own, *self._pages, *map(getitem, self._tables, self._names), *self._constants]
-        packs = self._weights.packs
-        values += [packs[key].value for key in self._packs]
-        arranged = self._arrange(values)
-        logits: Tensor = (self._planned(step, arranged) if step.input_ids.is_cuda else self._run(*arranged))[0]
-        return logits[0]
-
-    def _planned(self, step: Step, values: Sequence[Any]) -> Any:
-        """The program, each kernel by the plan that was noted when these sizes came last."""
-        if observed():
-            return self._run(*values)
-        if self._version != self._weights.version:
-            self._version = self._weights.version
-            self._forget()
-        given = (step.input_ids, step.position_ids, step.rows, step.cu_seqlens_q, step.lengths)
-        tensors = (*given, *step.slots, *step.tables)
-        key = (step.max_q, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
-        plans = self._plans.get(key)
-        if plans is not None:
-            return choice.following(plans, self._run, values)
-        if key not in self._seen:  # kernels make their plans in the first call
-            self._seen.add(key)
-            return self._run(*values)
-        if len(self._seen) > MAX_SHAPES:
-            self._forget()
-        result, self._plans[key] = choice.noting(self._run, values)
-        return result
-
-    def _forget(self) -> None:
-        self._plans.clear()
-        self._seen.clear()
+def _make(builder: Builder) -> FlatProgram | Unserved:
+    started = time.perf_counter()
+    record = builder.record
+    try:
+        with evaluating(builder.module):
+            flat, checked = _build(builder)
+    except (CacheError, CaptureError) as error:
+        reason = error.reason if isinstance(error, CaptureError) else str(error)
+        record.generate = {"paged": False, "reason": reason}
+        log.info("%s is not generated from pages: %s", record.model, reason)
+        return Unserved(reason)
+    record.generate = {
+        "paged": True,
+        "layers": len(flat.layers),
+        "windows": list(flat.groups),
+        "longest": list(flat.program.longest) if flat.program.longest is not None else None,
+        "error": checked.error,
+        "error_original": checked.error_original,
+        "bound": checked.bound,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return flat
 
 
-def _windows(layers: Sequence[LayerSpec]) -> tuple[int, ...]:
-    """The window of each group, by its number."""
-    found = {layer.group: layer.left for layer in layers}
-    return tuple(found[group] for group in range(len(found)))
+def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
+    """Raises CacheError or CaptureError where the model cannot be served so."""
+    module, weights = builder.module, builder.weights
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise CacheError("encoder-decoder")
+    program = _captured(builder)
+    compiled = builder.stages.compile(
+        program,
+        builder.options,
+        weights.value,
+        verify=builder.options.verify,
+        deny=frozenset((r.rule, "*") for s in builder.record.signatures for r in s.reverted),
+        kernels=True,
+        module=module,
+        device=builder.device,
+        paged=True,
+    )
+    made = compiled.program
+    made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
+    output = next(n for n in made.graph.nodes if n.op == "output")
+    vocab = int(output.args[0][0].meta["val"].shape[-1])
+    flat = FlatProgram(made, weights, vocab)
+    before = [p.recipe for p in weights.packs.values()]
+    weights.pack(flat.recipes)
+    try:
+        checked = check(flat, program, builder)
+    except CacheError:
+        weights.keep(before)
+        raise
+    builder.paged = flat.recipes
+    return flat, checked
 
 
-_FIELDS: Final = {"logits_to_keep": "rows", "slots": "slots", "block_table": "tables"}
-
-
-def _reader(target: str) -> Callable[[Step], Any]:
-    """What reads an input of the program from a step."""
-    name, _, group = target.partition(".")
-    field = _FIELDS.get(name, name)
-    if not group:
-        return lambda step: getattr(step, field)
-    index = int(group)
-    return lambda step: getattr(step, field)[index]
+def _captured(builder: Builder) -> Program:
+    """The forward over flat tokens, with an example of `EXAMPLE`."""
+    taken = inspect.signature(builder.original).parameters
+    if "input_ids" not in taken:
+        raise CacheError("its forward takes no input_ids")
+    count = sum(EXAMPLE)
+    positions = [i for length in EXAMPLE for i in range(length)]
+    tensors = {
+        "input_ids": torch.arange(3, 3 + count)[None],
+        "position_ids": torch.tensor([positions]),
+        ROWS: torch.arange(len(EXAMPLE)) + count - len(EXAMPLE),
+    }
+    tensors = {name: t.to(builder.device) for name, t in tensors.items() if name in taken}
+    forward = builder.unbound if builder.overridden else None
+    try:
+        program = capture(builder.module, tensors, {}, cache=False, forward=forward)
+    except CaptureError as error:
+        if tensors.pop(ROWS, None) is None:
+            raise
+        log.debug("%s with rows: %s", builder.record.model, error)
+        program = capture(builder.module, tensors, {}, cache=False, forward=forward)
+    violation = program.limits.violation(tensors)
+    if violation is not None:
+        raise CacheError(f"its code fixes sizes: {violation}")
+    for name, guard in program.limits.tensors.items():
+        if isinstance(guard.shape[-1], int):
+            raise CacheError(f"its code fixes the number of tokens: {name} is {list(guard.shape)}")
+        low, high = program.limits.ranges.get(guard.shape[-1], (1, None))
+        if low > 1 or high is not None:
+            raise CacheError(f"{name} may only have {low} to {high} tokens in all")
+    program.example = tensors
+    return program

@@ -1,0 +1,274 @@
+"""Keep keys and values in pages, so that one graph serves prefill, chunked prefill and decode on flat tokens.
+
+    attention(q, k, v, mask)  [1, H, T, D]
+        ->    paged_attention(q', k', v', k_pages, v_pages, slots, cu_seqlens_q, lengths, block_table, max_q)  [T, H, D]
+
+    out = head(x)  [1, T, V]    ->    out = head(x[:, rows])
+
+The tokens of all sequences lie one behind the other in a batch of one. Which keys a token sees is no mask any more:
+what its mask says for one sequence (`compiler.causal`) is told to the op, and the part of the graph that made the mask
+goes. Layers with the same window share slots and block tables, which are inputs like the pages themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from ..compiler.apart import apart_until
+from ..compiler.causal import CacheError, Causal, Reach
+from ..compiler.opset import BY_TARGET, RESHAPES, arguments
+from ..compiler.pipeline import Context
+from ..compiler.positions import positions_allowed
+from ..compiler.program import Input, InputKind, LayerSpec, Program
+from ..compiler.provenance import module_of, source_of
+from ..compiler.records import PassResult, Rewrite
+from ..compiler.rule import Stage
+from ..kernels.paged_attention import paged_attention
+
+aten = torch.ops.aten
+
+EXAMPLE = (4, 3, 2)
+"""Tokens of the sequences in the example that a program is captured and checked with."""
+_PAGE = 16
+ROWS = "logits_to_keep"
+"""The argument by which transformers' models are told which tokens' logits are wanted."""
+
+
+def cache(program: Program, context: Context) -> PassResult:
+    """Rewrite every attention and select the rows, in place.
+
+    Raises `CacheError` where something cannot be: the program is then of no use.
+    """
+    started = time.perf_counter()
+    graph = program.graph
+    result = PassResult("cache", Stage.CACHE.name, nodes_before=len(graph.nodes))
+    nodes = [n for n in graph.nodes if n.target is torch.ops.regraft.attention.default]
+    if not nodes:
+        raise CacheError("it has no attention whose keys could be kept")
+    if context.settings.model is None:
+        raise ValueError("the cache pass needs the model, to see what its masks are")
+    causal = Causal(program, context.settings.model)
+    reaches = [causal.of(n) for n in nodes]
+    windows = list(dict.fromkeys(r.left for r in reaches))
+    layers = [_layer(n, r, windows.index(r.left)) for n, r in zip(nodes, reaches, strict=True)]
+    inputs = _Inputs(program, nodes[0].meta["val"].fake_mode, context.settings.device)
+    steps = inputs.step(len(windows))
+    for index, (node, reach, layer) in enumerate(zip(nodes, reaches, layers, strict=True)):
+        _rewrite(graph, node, reach, layer, inputs.pages(index, layer), steps, inputs)
+        kind = "causal" if reach.left < 0 else f"causal, window {reach.left + 1}"
+        kind += "" if reach.slopes is None else ", ALiBi"
+        label = f"attention -> paged_attention ({kind})"
+        result.rewrites.append(Rewrite("cache", module_of(node), source_of(node), label, (node.name,), (node.name,)))
+    _select_rows(program, inputs)
+    graph.eliminate_dead_code()
+    program.layers = tuple(layers)
+    program.longest = _longest(program, context.settings.model, reaches)
+    graph.lint()
+    program.gm.recompile()
+    result.nodes_after = len(graph.nodes)
+    result.time_s = time.perf_counter() - started
+    return result
+
+
+def _layer(node: fx.Node, reach: Reach, group: int) -> LayerSpec:
+    k, v = (arguments(node)[x].meta["val"] for x in ("k", "v"))
+    if any(not isinstance(s, int) for s in (k.shape[1], k.shape[3], v.shape[3])):
+        raise CacheError(f"the heads of {module_of(node) or node.name} have no fixed size")
+    return LayerSpec(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), reach.left, group, k.dtype)
+
+
+def _longest(program: Program, model: nn.Module, reaches: Sequence[Reach]) -> tuple[int, str] | None:
+    """The shortest of the ends there are."""
+    ends = (
+        (positions_allowed(program, model), "the model has no more positions"),
+        (apart_until(program, model), "beyond, its rotations depend on how long other sequences are"),
+        (min((r.longest for r in reaches if r.longest is not None), default=None), "its table of biases ends there"),
+    )
+    return min(((end, why) for end, why in ends if end is not None), default=None)
+
+
+class _Inputs:
+    """Adds placeholders behind those that are there, with examples of `EXAMPLE`."""
+
+    def __init__(self, program: Program, mode: Any, device: torch.device) -> None:
+        self.program, self.mode, self.device = program, mode, device
+        self.last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+
+    def add(self, kind: InputKind, target: str, value: Any, dynamic: Sequence[int] = ()) -> fx.Node:
+        """A placeholder; of a tensor the sizes of `dynamic` dimensions are symbols."""
+        with self.program.graph.inserting_after(self.last):
+            node = self.program.graph.placeholder(target.replace(".", "_"))
+        node.meta = {"val": self._fake(value, target, dynamic), "weight": kind is InputKind.CONSTANT}
+        self.program.inputs.append(Input(node.name, kind, target, value=value))
+        self.last = node
+        return node
+
+    def _fake(self, value: Any, target: str, dynamic: Sequence[int]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(value.dim())]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * value.dim())
+        return self.mode.from_tensor(value, source=ConstantSource(target), symbolic_context=context)
+
+    def step(self, groups: int) -> dict[str, fx.Node]:
+        """What a step says, by target."""
+        ends = torch.tensor([0, *EXAMPLE], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        found = {
+            "cu_seqlens_q": self._step("cu_seqlens_q", ends),
+            "lengths": self._step("lengths", torch.tensor(EXAMPLE, dtype=torch.int32)),
+            "max_q": self._step("max_q", max(EXAMPLE)),
+        }
+        pages = torch.tensor([2, 0, 3], dtype=torch.int32)
+        slots = [int(page) * _PAGE + i for page, length in zip(pages, EXAMPLE, strict=True) for i in range(length)]
+        for group in range(groups):
+            for target, value in (("slots", torch.tensor(slots)), ("block_table", pages[:, None])):
+                found[f"{target}.{group}"] = self._step(f"{target}.{group}", value)
+        return found
+
+    def _step(self, target: str, value: Any) -> fx.Node:
+        value = value.to(self.device) if isinstance(value, Tensor) else value
+        return self.add(InputKind.STEP, target, value, dynamic=range(value.dim()) if isinstance(value, Tensor) else ())
+
+    def pages(self, index: int, layer: LayerSpec) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
+        """Pages of keys and values of one layer, and their scales."""
+        sizes = (len(EXAMPLE) + 1, _PAGE, layer.kv_heads)
+        quantised = layer.dtype.itemsize == 1
+        nodes = []
+        for name, shape, dtype in (
+            ("k", (*sizes, layer.key_dim), layer.dtype),
+            ("v", (*sizes, layer.value_dim), layer.dtype),
+            ("k_scale", sizes, torch.float32),
+            ("v_scale", sizes, torch.float32),
+        ):
+            value = torch.zeros(shape, device=self.device).to(dtype) if quantised or "scale" not in name else None
+            nodes.append(self.add(InputKind.PAGES, f"{name}.{index}", value, dynamic=(0, 1)))
+        return nodes[0], nodes[1], nodes[2], nodes[3]
+
+    def constant(self, target: str, value: Tensor) -> fx.Node:
+        """A tensor that is part of the program."""
+        return self.add(InputKind.CONSTANT, target, value.to(self.device))
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A node with its fake value, from the place in the model where `like` stands."""
+    node = graph.call_function(target, args)
+    fakes = fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta = {**like.meta, "val": target(*fakes)}
+    return node
+
+
+def _rewrite(
+    graph: fx.Graph,
+    node: fx.Node,
+    reach: Reach,
+    layer: LayerSpec,
+    pages: tuple[fx.Node, ...],
+    steps: dict[str, fx.Node],
+    inputs: _Inputs,
+) -> None:
+    given = arguments(node)
+    slopes = None if reach.slopes is None else _slopes(inputs, reach.slopes)
+    with node.meta["val"].fake_mode, graph.inserting_before(node):
+        q, k, v = (_heads_inside(graph, given[x]) for x in ("q", "k", "v"))
+        table = (steps[f"slots.{layer.group}"], steps["cu_seqlens_q"], steps["lengths"])
+        rest = (steps[f"block_table.{layer.group}"], steps["max_q"], given["sinks"], slopes)
+        numbers = (given["scale"], reach.left, given["softcap"])
+        paged = _call(graph, node, paged_attention.overload, q, k, v, *pages[:2], *table, *rest, *pages[2:], *numbers)
+        batch = _call(graph, node, aten.unsqueeze.default, paged, 0)
+    for user in list(node.users):
+        if user.target in RESHAPES:  # of [T, H, D] as well as of [1, T, H, D]
+            user.replace_input_with(node, paged)
+    node.replace_all_uses_with(batch)
+    graph.erase_node(node)
+
+
+def _heads_inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """`[1, H, T, D]` as a view `[T, H, D]`."""
+    given = arguments(node)
+    if node.target is aten.transpose.int and (given["dim0"], given["dim1"]) == (-3, -2):
+        return _call(graph, node, aten.select.int, given["self"], 0, 0)
+    return _call(graph, node, aten.transpose.int, _call(graph, node, aten.select.int, node, 0, 0), 0, 1)
+
+
+def _slopes(inputs: _Inputs, slopes: Tensor) -> fx.Node:
+    for node, made in inputs.program.placeholder_inputs().items():
+        if (
+            made.kind is InputKind.CONSTANT
+            and made.target.startswith("slopes.")
+            and torch.equal(made.value.cpu(), slopes.cpu())
+        ):
+            return node
+    return inputs.constant(f"slopes.{len(inputs.program.inputs)}", slopes)
+
+
+def _select_rows(program: Program, inputs: _Inputs) -> None:
+    """Leave of the outputs the logits alone, `[1, R, V]`."""
+    graph = program.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    logits = output.args[0][_place_of_logits(program, len(output.args[0]))]
+    if logits.meta["val"].dim() != 3:
+        raise CacheError("its logits are not [batch, tokens, vocabulary]")
+    if ROWS not in program.limits.tensors:
+        rows = inputs.add(InputKind.STEP, "rows", torch.tensor([2, 6, 8], device=inputs.device), dynamic=(0,))
+        place = _head(logits)
+        with logits.meta["val"].fake_mode, graph.inserting_after(max(place, rows, key=_order(graph))):
+            picked = _call(graph, place, aten.index_select.default, place, 1, rows)
+        if place is logits:
+            logits = picked
+        else:
+            place.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
+            _refresh(graph, picked)
+    output.args = ((logits,),)
+    program.rebuild = tuple
+
+
+def _order(graph: fx.Graph) -> Any:
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    return place.__getitem__
+
+
+def _place_of_logits(program: Program, outputs: int) -> int:
+    """Which output of the graph is the model's `logits`, or the first thing that it returns."""
+    returned = program.rebuild(range(outputs))
+    found = getattr(returned, "logits", None)
+    if found is None and isinstance(returned, tuple) and returned:
+        found = returned[0]
+    if not isinstance(found, int):
+        raise CacheError("its forward returns no logits")
+    return found
+
+
+_BY_ROW = frozenset(["linear", "mul", "div", "add", "sub", "tanh", "cast"])
+
+
+def _head(logits: fx.Node) -> fx.Node:
+    """What the last linear layer reads, where only operations row by row follow it; else the logits."""
+    node = logits
+    while node.op == "call_function":
+        spec = BY_TARGET.get(node.target)
+        linear = spec is not None and spec.name == "linear"
+        sources = [i for i in node.all_input_nodes if not i.meta.get("weight")]
+        if (spec is None or spec.name not in _BY_ROW) or len(sources) != 1 or len(node.users) != 1:
+            return logits
+        node = sources[0]
+        if linear:
+            return node if node.meta["val"].dim() == 3 and len(node.users) == 1 else logits
+    return logits
+
+
+def _refresh(graph: fx.Graph, first: fx.Node) -> None:
+    """New fake values for what follows a node."""
+    changed = {first}
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in changed and any(i in changed for i in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+            with first.meta["val"].fake_mode:
+                node.meta["val"] = node.target(*args, **kwargs)
+            changed.add(node)

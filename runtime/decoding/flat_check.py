@@ -1,0 +1,193 @@
+"""Is a flat program as good as the model itself? A ragged batch is compared with runs of each sequence alone.
+
+Three sequences of different lengths: the first step has all of one, a part of another, all of the third; the second
+goes on with the rest of the one and decodes the others; two more steps decode. Pages are handed out in random order.
+Original and flat program are measured against the model's own code one precision up, as the certificate does: the flat
+program's error may be at most twice the original's plus a few ulp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ...compiler.causal import CacheError
+from ...compiler.program import InputKind, Program
+from ...compiler.verify import Upcast, bound_for, distance, higher
+from ..build import Builder
+from ..certificate import named_outputs
+from ..checks import dtype_of
+from ..oracle import run_oracle, run_reference
+from .program import FlatProgram, Step
+
+PAGE: Final = 16
+LENGTHS: Final = (19, 26, 4)
+"""Tokens of the prompts."""
+CHUNK: Final = 17
+"""Tokens of the second prompt in the first step."""
+DECODED: Final = 2
+_LONGEST: Final = 96
+
+
+@dataclass(frozen=True)
+class Checked:
+    """max |flat - oracle|, max |original - oracle|, and what was allowed."""
+
+    error: float
+    error_original: float
+    bound: float
+
+
+@torch.no_grad()
+def check(flat: FlatProgram, captured: Program, builder: Builder) -> Checked:
+    """Compare; raises CacheError where the flat program is worse than the original. The pages are its own."""
+    sequences = _sequences(flat, builder)
+    found = run_ragged(flat, sequences, builder.device)
+    answers = []
+    for eager in (True, False):
+        wanted = [_alone(builder, captured, tokens, eager=eager) for tokens in sequences]
+        original, oracle = [w[0] for w in wanted], [w[1] for w in wanted]
+        error, before = distance(found, oracle), distance(original, oracle)
+        bound = bound_for(before, oracle, dtype_of(builder.module))
+        answers.append(Checked(error.largest, before.largest, bound.largest))
+        if error <= bound:
+            return answers[-1]
+    first = answers[0]
+    raise CacheError(
+        f"logits of a flat ragged batch are off by {first.error:.1e} from lone runs, the original by "
+        f"{first.error_original:.1e}, allowed are {first.bound:.1e}"
+    )
+
+
+def _sequences(flat: FlatProgram, builder: Builder) -> list[Tensor]:
+    """Tokens of each sequence, `[n]`; longer where that reaches beyond a window."""
+    windows = [w for w in flat.groups if 0 <= w <= _LONGEST // 2]
+    extra = max(windows, default=0)
+    generator = torch.Generator().manual_seed(0)
+    most = _LONGEST if flat.max_positions is None else min(flat.max_positions, _LONGEST)
+    lengths = [min(n + extra + DECODED, most) for n in LENGTHS[:2]] + [min(LENGTHS[2] + DECODED, most)]
+    known = min(flat.vocab, _tokens_known(builder))
+    low = min(3, known - 1)
+    return [torch.randint(low, known, (n,), generator=generator).to(builder.device) for n in lengths]
+
+
+def _tokens_known(builder: Builder) -> int:
+    """Rows of the embedding, which may be fewer than the logits."""
+    get: Any = getattr(builder.module, "get_input_embeddings", None)
+    return int(getattr(get() if get is not None else None, "num_embeddings", 0)) or 1 << 30
+
+
+def _alone(builder: Builder, captured: Program, tokens: Tensor, *, eager: bool) -> tuple[Tensor, Tensor]:
+    """Logits `[n, V]` of the model for one sequence, in its precision and one up."""
+    module, inputs = builder.module, {"input_ids": tokens[None]}
+    original = _logits(run_reference(module, builder.original, inputs, eager=eager))
+    target = higher(dtype_of(module))
+    try:
+        oracle = _logits(run_oracle(module, builder.original, inputs, target, eager=eager))
+    except Exception:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
+        oracle = _raised(builder, captured, tokens, target)
+    return original, oracle
+
+
+def _raised(builder: Builder, captured: Program, tokens: Tensor, target: torch.dtype) -> Tensor:
+    """The second best oracle: the captured graph one precision up."""
+    everything = torch.arange(len(tokens), device=tokens.device)
+    given: Mapping[str, Tensor] = {"input_ids": tokens[None], "position_ids": everything[None]}
+    values = [
+        given.get(i.target, everything) if i.kind is InputKind.USER else builder.weights.value(i).detach()
+        for i in captured.inputs
+    ]
+    return _logits(captured.rebuild(Upcast(captured.gm, target).run(*values)))
+
+
+def _logits(output: Any) -> Tensor:
+    named = named_outputs(output)
+    return named["logits"][0] if "logits" in named else next(iter(named.values()))[0]
+
+
+def run_ragged(flat: FlatProgram, sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Logits `[n, V]` of each of three sequences from the flat program, over pages that are made here and bound."""
+    book = Book.of(flat, [len(s) for s in sequences], device)
+    flat.bind(book.pages)
+    chunk = max(1, min(CHUNK, len(sequences[1]) - DECODED - 1))
+    takes = [
+        {0: len(sequences[0]) - DECODED, 1: chunk, 2: len(sequences[2]) - DECODED},
+        {0: 1, 1: len(sequences[1]) - DECODED - chunk, 2: 1},
+        {0: 1, 1: 1, 2: 1},
+        {1: 1},
+    ]
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    for take in takes:
+        step = book.step(take, sequences)
+        for index, part in zip(take, flat(step).split(list(take.values())), strict=True):
+            rows[index].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+@dataclass
+class Book:
+    """Which pages belong to whom, handed out at random: each group its own order."""
+
+    pages: list[tuple[Tensor, Tensor]]
+    tables: list[list[list[int]]]
+    """For each group and sequence, its pages."""
+    device: torch.device
+    done: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, flat: FlatProgram, lengths: Sequence[int], device: torch.device, page: int = PAGE) -> Book:
+        """Pages for sequences of these lengths, filled with what must not be read."""
+        wanted = [-(-n // page) for n in lengths]
+        count = sum(wanted) + 1
+        generator = torch.Generator().manual_seed(1)
+        tables = []
+        for _ in flat.groups:
+            order = torch.randperm(count, generator=generator).tolist()
+            tables.append([[order.pop() for _ in range(n)] for n in wanted])
+        pages = []
+        for layer in flat.layers:
+            shape = (count, page, layer.kv_heads)
+            sides = (torch.full((*shape, d), 7.0, device=device) for d in (layer.key_dim, layer.value_dim))
+            k, v = (side.to(layer.dtype) for side in sides)
+            pages.append((k, v))
+        return cls(pages, tables, device, [0] * len(lengths))
+
+    def step(self, take: Mapping[int, int], sequences: Sequence[Tensor], padding: int = 0) -> Step:
+        """The next `take[s]` tokens of each sequence s named, and the rows of all of them.
+
+        With `padding`, so many tokens and as many sequences that are not there follow.
+        """
+        page = self.pages[0][0].shape[1]
+        tokens: list[Tensor] = []
+        positions: list[int] = []
+        ends, lengths = [0], []
+        places: list[list[int]] = [[] for _ in self.tables]
+        for s, count in take.items():
+            first, last = self.done[s], self.done[s] + count
+            tokens.append(sequences[s][first:last])
+            positions += range(first, last)
+            for group, table in enumerate(self.tables):
+                places[group] += [table[s][p // page] * page + p % page for p in range(first, last)]
+            ends.append(ends[-1] + count)
+            lengths.append(last)
+            self.done[s] = last
+        most = [max(len(table[s]) for s in take) for table in self.tables]
+        rows = [[table[s] + [-1] * (m - len(table[s])) for s in take] for table, m in zip(self.tables, most)]
+        padded = [0] * padding
+        return Step(
+            input_ids=torch.cat([*tokens, self._of(padded)])[None],
+            position_ids=self._of(positions + padded)[None],
+            rows=torch.arange(ends[-1], device=self.device),
+            cu_seqlens_q=self._of(ends + [ends[-1]] * padding).int(),
+            lengths=self._of(lengths + padded).int(),
+            slots=tuple(self._of(p + [-1] * padding) for p in places),
+            tables=tuple(self._of(r + [[-1] * m] * padding).int() for r, m in zip(rows, most)),
+            max_q=max(take.values()),
+        )
+
+    def _of(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -1,0 +1,171 @@
+"""A model as a function of flat tokens: sequences lie one behind the other, keys and values in pages.
+
+    flat = flat_program(model)          # see flat.py
+    flat.bind(pages)                    # (k, v) of each layer, [P, page, kv_heads, dim]
+    logits = flat(step)                 # [R, V]
+
+One graph serves prefill, chunked prefill and decode, alone and mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import getitem, itemgetter
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ...compiler.program import InputKind, LayerSpec, Program, Recipe
+from ...kernels import choice
+from ...kernels.replay import ALIGNMENT, observed
+from ...passes.cache import ROWS
+from ..direct import direct
+from ..weights import Weights, pack_key
+
+MAX_SHAPES: Final = 1024
+"""Sets of sizes whose launch plans are kept."""
+
+
+@dataclass
+class Step:
+    """One call: T tokens of S sequences, logits of R of them. Tensors are on the model's device.
+
+    Tokens behind `cu_seqlens_q[-1]` are padding: their slots are -1 and nobody may ask for their rows.
+    """
+
+    input_ids: Tensor
+    """int64 [1, T]"""
+    position_ids: Tensor
+    """int64 [1, T], from 0 in each sequence."""
+    rows: Tensor
+    """int64 [R]: the tokens, counted over the whole batch, whose logits are wanted; at least one."""
+    cu_seqlens_q: Tensor
+    """int32 [S + 1]: sequence s has the tokens from cu_seqlens_q[s] to cu_seqlens_q[s + 1]."""
+    lengths: Tensor
+    """int32 [S]: tokens of the sequence after this step; 0 for a row of a bucket that is not used."""
+    slots: tuple[Tensor, ...]
+    """For each group int64 [T]: where the token's key and value go, page * page size + offset; negative: nowhere."""
+    tables: tuple[Tensor, ...]
+    """For each group int32 [S, most]: the pages of the sequence, in order."""
+    max_q: int
+    """The most tokens of one sequence in this step."""
+
+
+class FlatProgram:
+    """A compiled program over pages, bound to the live weights of a model."""
+
+    def __init__(self, program: Program, weights: Weights, vocab: int) -> None:
+        self.program = program
+        self.layers = program.layers
+        self.groups = _windows(program.layers)
+        """The window `left` of each group; -1: all keys are visible."""
+        self.vocab = vocab
+        self.max_positions = None if program.longest is None else program.longest[0]
+        """The most tokens that a sequence may have; `program.longest` says why."""
+        self._weights = weights
+        self._run = direct(program.gm)
+        by_kind = {kind: [i for i in program.inputs if i.kind is kind] for kind in InputKind}
+        live = by_kind[InputKind.PARAMETER] + by_kind[InputKind.BUFFER]
+        self._tables, self._names = zip(*(weights.slots[i.target] for i in live), strict=True)
+        self._constants = [weights.value(i) for i in by_kind[InputKind.CONSTANT]]
+        self.recipes: list[Recipe] = [i.recipe for i in by_kind[InputKind.PACKED] if i.recipe is not None]
+        self._packs = [pack_key(r) for r in self.recipes]
+        self._of_step = [_reader(i.target) for i in by_kind[InputKind.USER] + by_kind[InputKind.STEP]]
+        self._paged = [i.target for i in by_kind[InputKind.PAGES]]
+        self._pages: list[Tensor | None] | None = None
+        own = by_kind[InputKind.USER] + by_kind[InputKind.STEP]
+        ordered = own + by_kind[InputKind.PAGES] + live + by_kind[InputKind.CONSTANT] + by_kind[InputKind.PACKED]
+        place = {id(meaning): index for index, meaning in enumerate(ordered)}
+        self._arrange = itemgetter(*(place[id(meaning)] for meaning in program.inputs))
+        self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        """Another number after weights moved: what was made of the old ones, such as a CUDA graph, is stale."""
+        return self._weights.version
+
+    def bind(
+        self, pages: Sequence[tuple[Tensor, Tensor]], scales: Sequence[tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        """Use these pages from now on: K and V of each layer, and their scales (float32 `[P, page, kv_heads]`).
+
+        They are read and written where they are. Raises ValueError where they are not as `layers` says.
+        """
+        for index, (layer, pair) in enumerate(zip(self.layers, pages, strict=True)):
+            for tensor, name, dim in zip(pair, ("k", "v"), (layer.key_dim, layer.value_dim), strict=True):
+                if tensor.dim() != 4 or tuple(tensor.shape[2:]) != (layer.kv_heads, dim):
+                    wanted = f"[P, page, {layer.kv_heads}, {dim}]"
+                    raise ValueError(f"{name} pages of layer {index} are {list(tensor.shape)}, wanted {wanted}")
+                if tensor.dtype != layer.dtype:
+                    raise ValueError(f"{name} pages of layer {index} are {tensor.dtype}, wanted {layer.dtype}")
+        given: dict[str, Tensor] = {}
+        for kind, pairs in (("", pages), ("_scale", scales or ())):
+            for index, (k, v) in enumerate(pairs):
+                given |= {f"k{kind}.{index}": k, f"v{kind}.{index}": v}
+        self._pages = [given.get(name) for name in self._paged]
+        self._forget()
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Tensor:
+        """Write the keys and values of the tokens into the pages, and return logits `[R, V]`.
+
+        Who calls has made sure that the model's weights are as they were (`flat_program` looks). Raises RuntimeError
+        before `bind`.
+        """
+        if self._pages is None:
+            raise RuntimeError("a flat program needs pages: call bind(pages) first")
+        own = [read(step) for read in self._of_step]
+        values = [*own, *self._pages, *map(getitem, self._tables, self._names), *self._constants]
+        packs = self._weights.packs
+        values += [packs[key].value for key in self._packs]
+        arranged = self._arrange(values)
+        logits: Tensor = (self._planned(step, arranged) if step.input_ids.is_cuda else self._run(*arranged))[0]
+        return logits[0]
+
+    def _planned(self, step: Step, values: Sequence[Any]) -> Any:
+        """The program, each kernel by the plan that was noted when these sizes came last."""
+        if observed():
+            return self._run(*values)
+        if self._version != self._weights.version:
+            self._version = self._weights.version
+            self._forget()
+        given = (step.input_ids, step.position_ids, step.rows, step.cu_seqlens_q, step.lengths)
+        tensors = (*given, *step.slots, *step.tables)
+        key = (step.max_q, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
+        plans = self._plans.get(key)
+        if plans is not None:
+            return choice.following(plans, self._run, values)
+        if key not in self._seen:  # kernels make their plans in the first call
+            self._seen.add(key)
+            return self._run(*values)
+        if len(self._seen) > MAX_SHAPES:
+            self._forget()
+        result, self._plans[key] = choice.noting(self._run, values)
+        return result
+
+    def _forget(self) -> None:
+        self._plans.clear()
+        self._seen.clear()
+
+
+def _windows(layers: Sequence[LayerSpec]) -> tuple[int, ...]:
+    """The window of each group, by its number."""
+    found = {layer.group: layer.left for layer in layers}
+    return tuple(found[group] for group in range(len(found)))
+
+
+_FIELDS: Final = {ROWS: "rows", "slots": "slots", "block_table": "tables"}
+
+
+def _reader(target: str) -> Callable[[Step], Any]:
+    """What reads an input of the program from a step."""
+    name, _, group = target.partition(".")
+    field = _FIELDS.get(name, name)
+    if not group:
+        return lambda step: getattr(step, field)
+    index = int(group)
+    return lambda step: getattr(step, field)[index]
