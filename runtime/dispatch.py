@@ -23,6 +23,7 @@ from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .cases import by_tokens
 from .checks import adapters_in, check_inputs
+from .decoding.paged_cache import PagedCache
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
 from .options import Options
@@ -104,6 +105,8 @@ class Dispatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or getattr(self._local, "inside", False):
             return self.original(*args, **kwargs)
+        if isinstance(kwargs.get("past_key_values"), PagedCache):
+            return kwargs["past_key_values"].serve(kwargs)
         if self.whole is not None and not self.whole.lets_parts_serve:
             return self.original(*args, **kwargs)
         bound = self.bound
@@ -153,8 +156,15 @@ class Dispatch:
             found: T = bound.made[key]
             return found
 
-    def _unservable(self, bound: _Bound) -> str | None:
+    def unservable(self) -> str | None:
         """Why no call can be served by a graph just now, whatever its arguments."""
+        return self._unservable(self.bound)
+
+    def leave_unsaid(self, reason: str) -> None:
+        """Calls that the original serves for this reason are to be expected, and counted without a warning."""
+        self._said.add(reason)
+
+    def _unservable(self, bound: _Bound) -> str | None:
         if self.module.training:
             return "the model in training mode (model.eval() for inference)"
         hooked = bound.hooks.foreign()

@@ -15,6 +15,7 @@ from ..kernels import tuning
 from .announce import announcement
 from .build import Stages, Unserved, evaluating
 from .checks import check_inputs, check_model, device_of, dtype_of, weight_bytes
+from .decoding import install as decoding
 from .dispatch import Dispatch
 from .errors import InputError, closest
 from .examples import make_examples
@@ -230,6 +231,7 @@ def restore(model: M) -> M:
         if isinstance(report, Report):
             return model  # left as it was under REGRAFT_DISABLE
         raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
+    decoding.remove(model)
     if dispatch.overridden is not None:
         model.forward = dispatch.overridden
     else:

@@ -50,6 +50,8 @@ class Record:
     model: str
     signatures: list[SignatureRecord] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=lambda: {"graph": 0, "original": 0})
+    generated: dict[str, int] = field(default_factory=dict)
+    """Calls of `generate`, by the loop that served them."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Calls the original served, by reason."""
     notes: list[Note] = field(default_factory=list)

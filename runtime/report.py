@@ -127,6 +127,7 @@ class Report:
             "versions": versions(),
             "calls": self.calls,
             "fallbacks": dict(record.fallbacks),
+            "generated": dict(record.generated),
             "rewrites": [g.to_dict() for g in self.rewrites],
             "near_misses": [asdict(m) for m in self.near_misses],
             "reverted": [asdict(r) for r in self.reverted],

@@ -47,6 +47,8 @@ def to_text(report: Report) -> str:
     calls = report.calls
     fallbacks = "; ".join(f"{n} with {reason}" for reason, n in record.fallbacks.items())
     counted = f"{calls['graph']} by the graph, {calls['original']} by the original"
+    if record.generated:
+        lines.append(_line("Generated", ", ".join(f"{n} by {way}" for way, n in record.generated.items())))
     lines.append(_line("Calls", counted + (f" ({fallbacks})" if fallbacks else "")))
     return "\n".join(
         lines if len(lines) <= LINES else [*lines[: LINES - 2], f"{_INDENT}... all in to_html()", lines[-1]]

@@ -1,0 +1,332 @@
+"""`model.generate` over the engine, beneath HuggingFace's own: its signature, preparation, defaults and results.
+
+transformers prepares inputs, processors and criteria as ever, then hands them to the decoding loop here. Three ways
+lead on from there:
+
+    fast loop            every processor and criterion is translated: the engine decodes and samples by itself
+    loop over pages      beams, scores, custom processors and criteria: HuggingFace's loop, the model computes in pages
+    HuggingFace's loop   whatever the engine does not serve, the prompt by the optimized forward; said once, by name
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..errors import RegraftWarning
+from .paged_cache import PagedCache, Session, close_all, prompts
+from .processors import Untranslated, translate
+from .requests import Request
+from .served import TOKEN_BY_TOKEN, Effective, refusal, stops
+
+if TYPE_CHECKING:
+    from ..dispatch import Dispatch
+
+
+class Serves(Protocol):
+    """What is asked of an engine."""
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that go on in step."""
+
+    def run(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+        """The output of each request, without its prompt, in order; `on_token` gets the request's number."""
+
+    def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
+        """A batch that goes on in step."""
+
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+
+
+Make = Callable[[Any, "Serves | str | None"], "Serves | str"]
+"""From a model and what was made of it before to the engine of the model as it is now, the same one where it still
+fits, or to the reason why there is none."""
+
+
+@dataclass
+class _Call:
+    """What is under way in this thread."""
+
+    reason: str | None = None
+    """Why the engine cannot serve it, by what is known before it is prepared."""
+    way: str = "HuggingFace's loop"
+    """What serves it, as it turns out."""
+    in_step: bool = True
+    """Whether it runs in HuggingFace's loop for sure."""
+    caches: list[PagedCache] = field(default_factory=list)
+
+
+class Decoding:
+    """What the decoding attributes of one optimized model share: the engine, made when first needed.
+
+    Args:
+        make: see `Make`.
+    """
+
+    def __init__(self, dispatch: Dispatch, make: Make) -> None:
+        self.dispatch, self.make = dispatch, make
+        self._begin()
+
+    def _begin(self) -> None:
+        self.lock = threading.RLock()
+        self.calls = threading.local()
+        self._engine: Serves | str | None = None
+        self._said: set[str] = set()
+
+    @property
+    def model(self) -> Any:
+        """The optimized model."""
+        return self.dispatch.module
+
+    def engine(self) -> Serves | str:
+        """The engine of the model as it is now, or why there is none."""
+        with self.lock:
+            before = self._engine
+            found = self._engine = self.make(self.model, before)
+            if found is not before:
+                _close(before)
+            return found
+
+    def say(self, text: str) -> None:
+        """Warn, once for each text."""
+        with self.lock:
+            first = text not in self._said
+            self._said.add(text)
+        if first:
+            warnings.warn(f"{type(self.model).__name__}.generate: {text}", RegraftWarning, stacklevel=4)
+
+    def count(self, way: str) -> None:
+        """One more call went this way."""
+        with self.lock:
+            served = self.dispatch.record.generated
+            served[way] = served.get(way, 0) + 1
+
+    def release(self) -> None:
+        """Give back all memory."""
+        with self.lock:
+            _close(self._engine)
+            self._engine = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dispatch": self.dispatch, "make": self.make}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or loaded model makes an engine of its own."""
+        self.__dict__.update(state)
+        self._begin()
+
+
+class PrepareCache:
+    """The instance attribute `_prepare_cache_for_generation`: hands out a paged cache where the engine serves."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+
+    def __call__(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        decoding = self.decoding
+        model, call = decoding.model, getattr(decoding.calls, "call", None)
+        original = type(model)._prepare_cache_for_generation
+        if call is not None:
+            engine = self._engine(call, generation_config, generation_mode, model_kwargs)
+            if engine is not None:
+                cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
+                call.caches.append(cache)
+                call.way = "HuggingFace's loop over pages"
+                model_kwargs["past_key_values"] = cache
+                return None
+        return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def _engine(self, call: _Call, config: GenerationConfig, mode: Any, arguments: Mapping[str, Any]) -> Serves | None:
+        """The engine, or None after saying why not."""
+        decoding = self.decoding
+        if decoding.dispatch.unservable() is not None:  # which its forward says
+            return None
+        reason = call.reason or refusal(config, mode, arguments)
+        engine = decoding.engine() if reason is None else None
+        if isinstance(engine, str):
+            reason, engine = engine, None
+        if engine is not None and call.in_step:
+            reason = too_many(engine, arguments)
+            engine = engine if reason is None else None
+        if reason is not None:
+            decoding.say(f"{reason}: served by HuggingFace's loop")
+            decoding.dispatch.leave_unsaid("past_key_values with content")  # of which its steps are made
+        return engine
+
+
+class Generate:
+    """The instance attribute `generate`."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.__name__ = "generate"
+        self.__doc__ = type(decoding.model).generate.__doc__
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The class's own, bound."""
+        bound: Callable[..., Any] = type(self.decoding.model).generate.__get__(self.decoding.model)
+        return bound
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls, original = self.decoding.calls, self.original
+        outer = getattr(calls, "call", None)
+        calls.call = call = _Call(WITHIN if outer is not None else None)
+        try:
+            own = outer is None and type(self.decoding.model).generate is GenerationMixin.generate
+            loop = self._loop(call, args, kwargs) if own else None
+            call.in_step = loop is None
+            extra = {} if loop is None else {"custom_generate": loop}
+            result = original(*args, **kwargs, **extra)
+        finally:
+            calls.call = outer
+            close_all(call.caches)
+        self.decoding.count(call.way)
+        if isinstance(getattr(result, "past_key_values", None), PagedCache):
+            return type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+        return result
+
+    def _loop(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """What decodes in place of HuggingFace's loop, or None where that one must be chosen by `generate` itself."""
+        try:
+            given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        except TypeError:
+            return None  # `generate` itself says what is wrong
+        settings = Effective(
+            given.get("kwargs", {}), given.get("generation_config"), self.decoding.model.generation_config
+        )
+        assistant = given.get("assistant_model")
+        for name in ("synced_gpus", "assistant_model", "custom_generate"):
+            if given.get(name):
+                call.reason = name
+                return None
+        if settings.position_ids is not None:
+            call.reason = "position_ids"
+        if given.get("kwargs", {}).get("cache_implementation") == "paged":
+            return None
+        if GenerationConfig.get_generation_mode(settings, assistant) not in TOKEN_BY_TOKEN:  # type: ignore[arg-type]
+            return None
+        if settings.stop_strings is not None:
+            return None  # needs the tokenizer, which `generate` keeps from a loop that is not its own
+        streamer = given.get("streamer")
+
+        def loop(self: Any, input_ids: Tensor, **prepared: Any) -> Any:
+            return decode(decoding, call, input_ids, streamer, prepared)
+
+        decoding = self.decoding
+        return loop
+
+
+def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, prepared: dict[str, Any]) -> Any:
+    """The loop: prepared inputs to results, by the engine where it can do everything that is asked.
+
+    Args:
+        prepared: what `generate` hands to `_sample`: `logits_processor`, `stopping_criteria`, `generation_config`, and
+            the arguments of the model.
+    """
+    cache = prepared.get("past_key_values")
+    if isinstance(cache, PagedCache):
+        config, engine = prepared["generation_config"], decoding.engine()
+        assert not isinstance(engine, str), "a paged cache was handed out, so there is an engine"
+        try:
+            requests = _requests(input_ids, streamer, prepared)
+        except Untranslated as reason:
+            many = too_many(engine, prepared)
+            if many is not None:
+                decoding.say(f"{many}: served by HuggingFace's loop")
+                call.way = _Call.way
+                prepared["past_key_values"] = DynamicCache(config=decoding.model.config.get_text_config(decoder=True))
+            elif reason.args[0] not in QUIET:
+                decoding.say(f"{reason} runs outside of the graph, in HuggingFace's loop over pages: right, but slower")
+        else:
+            call.way = "the fast loop"
+            return _fast(engine, requests, input_ids, streamer, config)
+    return type(decoding.model)._sample(decoding.model, input_ids, streamer=streamer, **prepared)
+
+
+WITHIN = "a call from within another, as of a processor"
+SCORES = "scores or logits of each step"
+STREAMED_BATCH = "a streamer for more than one sequence"
+QUIET = (SCORES, STREAMED_BATCH)
+"""What HuggingFace's loop does over pages without a word."""
+
+
+def _requests(input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> list[Request]:
+    """A request for each row.
+
+    Raises:
+        Untranslated: something that only HuggingFace's loop can do.
+    """
+    config = prepared["generation_config"]
+    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        raise Untranslated(SCORES)
+    if streamer is not None and input_ids.shape[0] > 1:
+        raise Untranslated(STREAMED_BATCH)
+    params = translate(prepared["logits_processor"], bool(config.do_sample))
+    most, eos = stops(prepared["stopping_criteria"])
+    seeds = torch.randint(2**63 - 1, (input_ids.shape[0],)).tolist() if params.do_sample else [0] * input_ids.shape[0]
+    tokens = prompts(input_ids, prepared.get("attention_mask"))
+    new, whole = most - input_ids.shape[1], input_ids.tolist()
+    return [
+        Request(
+            row,
+            replace(params, seed=seed, padding=tuple(padded[: len(padded) - len(row)])),
+            max_new_tokens=new,
+            stop_tokens=eos,
+        )
+        for row, padded, seed in zip(tokens, whole, seeds, strict=True)
+    ]
+
+
+def _fast(engine: Serves, requests: list[Request], input_ids: Tensor, streamer: Any, config: GenerationConfig) -> Any:
+    """Run them, and put prompts and outputs together as HuggingFace does: the shorter ones are padded on the right."""
+
+    def stream(_: int, token: int) -> None:
+        streamer.put(torch.tensor([token]))
+
+    outputs = engine.run(requests, on_token=None if streamer is None else stream)
+    if streamer is not None:
+        streamer.end()
+    longest = max(map(len, outputs))
+    pad = config._pad_token_tensor
+    fill = int(pad) if pad is not None else 0  # without one there is no end before the last step either
+    padded = [output + [fill] * (longest - len(output)) for output in outputs]
+    sequences: Any = torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    if config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+    return sequences
+
+
+def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
+    """Why these rows cannot go on in step, or None."""
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape[0] <= engine.rows:
+        return None
+    return f"{mask.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
+
+
+def _close(engine: Serves | str | None) -> None:
+    if engine is not None and not isinstance(engine, str):
+        engine.close()

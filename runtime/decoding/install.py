@@ -1,0 +1,37 @@
+"""The decoding attributes of an optimized model: set by `optimize`, taken away by `restore`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationMixin
+
+from .generate import Decoding, Generate, Make, PrepareCache
+
+if TYPE_CHECKING:
+    from ..dispatch import Dispatch
+
+NAMES = ("generate", "_prepare_cache_for_generation")
+
+
+def install(model: Any, dispatch: Dispatch, make: Make) -> None:
+    """Plug in beneath `generate` of a decoder-only model; nothing is built before it is called.
+
+    Models that do not generate, encoder-decoders, and attributes that somebody set on this instance stay as they are.
+    """
+    if not issubclass(type(model), GenerationMixin) or not model.can_generate() or model.config.is_encoder_decoder:
+        return
+    if any(name in model.__dict__ for name in NAMES):
+        return
+    decoding = Decoding(dispatch, make)
+    model.__dict__["generate"] = Generate(decoding)
+    model.__dict__["_prepare_cache_for_generation"] = PrepareCache(decoding)
+
+
+def remove(model: Any) -> None:
+    """Give the class's own methods back, and all memory."""
+    generate = model.__dict__.get("generate")
+    if isinstance(generate, Generate):
+        generate.decoding.release()
+        for name in NAMES:
+            del model.__dict__[name]
