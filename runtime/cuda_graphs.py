@@ -12,12 +12,13 @@ Where no graph is used, the launch plans of all calls are kept for the shapes, s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -371,6 +372,20 @@ def _shared(device: torch.device) -> _Shared:
         if index not in _devices:
             _devices[index] = _Shared(torch.device("cuda", index))
         return _devices[index]
+
+
+@contextlib.contextmanager
+def capture_alone(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """While graphs of others on the device are neither captured nor replayed; gives the stream to capture on."""
+    shared = _shared(device)
+    current = torch.cuda.current_stream(device)
+    with shared.lock:
+        torch.cuda.synchronize(device)
+        try:
+            yield shared.stream
+        except RuntimeError:
+            _leave_capture(device, current)
+            raise
 
 
 def _index(device: torch.device) -> int:

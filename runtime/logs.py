@@ -1,7 +1,8 @@
 """What is logged and dumped while a model is optimized.
 
 Loggers are those of the standard library, under `regraft`: `regraft.fusions` (each rewrite), `regraft.misses` (what
-nearly was one), `regraft.recompiles` (captures after the first), `regraft.certificate`, `regraft.autotune`.
+nearly was one), `regraft.recompiles` (captures after the first), `regraft.certificate`, `regraft.autotune`,
+`regraft.pages` (the tables of the KV cache, which are checked at every step while it speaks).
 `REGRAFT_LOGS=fusions,misses` lets them speak to stderr, `REGRAFT_LOGS=all` all of them. `REGRAFT_DUMP_DIR` gets one
 readable file a pass, with the diff to the one before.
 """
@@ -19,7 +20,7 @@ from ..compiler.records import PassResult
 from .errors import OptionError, closest
 from .record import SignatureRecord
 
-TOPICS = ("fusions", "misses", "recompiles", "certificate", "autotune")
+TOPICS = ("fusions", "misses", "recompiles", "certificate", "autotune", "pages")
 
 
 def listen(environ: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,279 @@
+"""Runs the steps that a scheduler or a session makes up, on a flat program and its pages."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Items
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .buckets import batch_bucket, batch_buckets, token_bucket
+from .flat import FlatProgram
+from .graphs import StepGraphs
+from .memory import LONGEST, Limits, block_bytes, count_blocks
+from .packing import packed, unpacked
+from .pages import Pages
+from .pool import BlockPool
+from .readback import Readback
+from .requests import Epilogue
+from .scheduler import Chunk
+from .sequences import Sequence
+from .state import RING, DecodeState
+from .tables import PageTables
+
+SHORT: Final = 512
+"""Tokens of a mixed step that is rounded up to a bucket and, when it comes again, run by a CUDA graph."""
+UNBOUNDED: Final = 1 << 30
+"""The limit of a row whose host counts its steps itself."""
+
+
+class Executor:
+    """Pages, device state and CUDA graphs of one model.
+
+    Rows of the device follow the sequences that the host names: each step says which, and what differs is sent before.
+
+    Args:
+        model_length: the longest sequence that the model is made for; None: not known.
+    """
+
+    def __init__(
+        self, flat: FlatProgram, limits: Limits, device: torch.device, model_length: int | None = None
+    ) -> None:
+        self.flat, self.limits, self.device = flat, limits, device
+        lengths = [n for n in (limits.max_seq_len, flat.max_positions) if n is not None]
+        length = min(lengths) if lengths else model_length or LONGEST
+        size = limits.block_size
+        counts = count_blocks(flat.layers, flat.groups, limits, length, device)
+        full = [n for n, left in zip(counts, flat.groups) if left < 0]
+        self.max_seq_len = min(length, min(full) * size) if full else length
+        self.block_bytes = [block_bytes(flat.layers, group, size) for group in range(len(counts))]
+        """Bytes of a page of each group."""
+        self.pages = Pages(flat.layers, counts, size, device)
+        flat.bind(self.pages.layers, self.pages.scales)
+        self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
+        widths = [-(-self.max_seq_len // size)] * len(counts)
+        self.state = DecodeState(batch_bucket(limits.max_batch_size), widths, size, device)
+        self.graphs = StepGraphs(device) if device.type == "cuda" else None
+        self._owners: list[Sequence | None] = [None] * self.state.rows
+        self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
+        self._sent: list[list[int]] = [[0] * len(counts) for _ in range(self.state.rows)]
+        self._lengths: list[tuple[int, int]] = [(0, 0)] * self.state.rows
+        self._tick = 0
+        self._version = flat.version
+        self._prefills: dict[tuple[int, int], int | Tensor] = {}
+        """Of short mixed steps by (tokens, rows): how often they came, then the input of their graph."""
+
+    # -- rows of the device -----------------------------------------------------------------------------------------
+
+    def changed(self, sequence: Sequence) -> None:
+        """Its table is another one: what was sent of it does not hold any more."""
+        if sequence.row is not None and self._owners[sequence.row] is sequence:
+            self._owners[sequence.row] = None
+
+    def forget(self) -> None:
+        """Something went wrong on the way: nothing is known of the device's rows, and they are out of use."""
+        self.state.reset()
+        self._tick = 0
+        self._owners = [None] * self.state.rows
+        self._lengths = [(0, 0)] * self.state.rows
+
+    def _send_tables(self, sequences: Items[Sequence]) -> None:
+        for sequence in sequences:
+            row = sequence.row
+            assert row is not None
+            if self._owners[row] is not sequence:
+                self._owners[row] = sequence
+                self._sent[row] = [0] * len(sequence.tables)
+                self._lengths[row] = (-1, -1)
+            for group, table in enumerate(sequence.tables):
+                begin = min(self._sent[row][group], len(table))
+                if len(table) > begin:
+                    self.state.set_pages(row, group, begin, table[begin:])
+                    self._sent[row][group] = len(table)
+
+    def _send_lengths(self, starts: dict[int, tuple[int, int]]) -> list[int]:
+        """Rows that begin somewhere else than where the device left them; all others are out of use."""
+        moved = []
+        for row in range(self.state.rows):
+            wanted = starts.get(row)
+            if wanted is None:
+                if self._lengths[row][1] > 0:
+                    self.state.set_length(row, 0, 0)
+                    self._lengths[row] = (0, 0)
+            elif self._lengths[row] != wanted:
+                self.state.set_length(row, *wanted)
+                if self._lengths[row][0] != wanted[0]:
+                    moved.append(row)
+                self._lengths[row] = wanted
+        return moved
+
+    def _assign(self, epilogue: Epilogue, sequences: Items[Sequence]) -> None:
+        wanted = {s.row: s for s in sequences}
+        for row in range(self.state.rows):
+            owner = wanted.get(row)
+            if self._assigned[row] != (owner, epilogue) and (owner or self._assigned[row][0]):
+                former = self._assigned[row][1]
+                if former is not None and former is not epilogue:
+                    former.assign(row, None)
+                epilogue.assign(row, owner)
+                self._assigned[row] = (owner, epilogue if owner is not None else None)
+
+    def release(self, sequences: Items[Sequence]) -> None:
+        """These are gone: their rows keep nothing of them."""
+        for row in range(self.state.rows):
+            owner, epilogue = self._assigned[row]
+            if owner in sequences:
+                if epilogue is not None:
+                    epilogue.assign(row, None)
+                self._assigned[row] = (None, None)
+            if self._owners[row] in sequences:
+                self._owners[row] = None
+
+    # -- mixed steps ------------------------------------------------------------------------------------------------
+
+    def mixed(self, chunks: list[Chunk], epilogue: Epilogue) -> Readback:
+        """Compute chunks of any length; a token of each that `samples`, none of the others."""
+        self._assign(epilogue, [c.sequence for c in chunks])
+        logits, sampled = self._forward(chunks)
+        with torch.no_grad():
+            tokens = epilogue(logits, sampled)
+        return Readback(tokens[None], [(_row(c.sequence), 0, int(c.samples)) for c in chunks])
+
+    def forward(self, chunks: Items[Chunk]) -> Tensor:
+        """Compute chunks of any length; logits [S, V], line r of the last token of the chunk in row r.
+
+        S is the bucket of the largest row; lines without a chunk hold what nobody asked for. The tensor may be that
+        of a CUDA graph: it is gone with the next step.
+        """
+        return self._forward(chunks)[0]
+
+    def _forward(self, chunks: Items[Chunk]) -> tuple[Tensor, Tensor]:
+        self._fresh()
+        chunks = sorted(chunks, key=lambda c: _row(c.sequence))
+        self._send_tables([c.sequence for c in chunks])
+        self.state.send()
+        rows = batch_bucket(1 + _row(chunks[-1].sequence))
+        total, longest = sum(c.count for c in chunks), max(c.count for c in chunks)
+        padded = token_bucket(total) if total <= SHORT else -(-total // 64) * 64
+        host = packed(chunks, rows, padded, len(self.flat.groups), self.limits.block_size)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        words = self._graph_input(host, padded, rows) if total <= SHORT else None
+        if words is None or self.graphs is None:
+            words = host.to(self.device, non_blocking=True)
+            return self._compute(words, rows, padded, 1 if longest == 1 else min(padded, token_bucket(longest)))
+        words.copy_(host, non_blocking=True)
+        logits, sampled = self.graphs.replay(("prefill", padded, rows))
+        return logits, sampled
+
+    def _graph_input(self, host: Tensor, padded: int, rows: int) -> Tensor | None:
+        """The input of the graph for this shape, which is captured when the shape comes for the third time."""
+        if self.graphs is None:
+            return None
+        place, key = (padded, rows), ("prefill", padded, rows)
+        seen = self._prefills.get(place, 0)
+        if isinstance(seen, int):
+            self._prefills[place] = seen + 1
+            if seen < 2:
+                return None
+            self._prefills[place] = seen = torch.zeros_like(host, device=self.device)
+        words = seen
+        if key not in self.graphs:
+            nothing = packed((), rows, padded, len(self.flat.groups), self.limits.block_size)
+            words.copy_(nothing)
+            self.graphs.capture(key, lambda: self._compute(words, rows, padded, padded))
+        return words
+
+    def _compute(self, words: Tensor, rows: int, padded: int, max_q: int) -> tuple[Tensor, Tensor]:
+        """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
+        step, sampled = unpacked(words, self.state.tables, rows, padded, max_q)
+        return self.flat(step), sampled
+
+    # -- decoding ---------------------------------------------------------------------------------------------------
+
+    def burst(self, chunks: list[Chunk], epilogue: Epilogue) -> Readback:
+        """Decode each chunk's row `count` steps on; the token that a row begins with is known or on the device."""
+        self._assign(epilogue, [c.sequence for c in chunks])
+        rows = self._begin(chunks, {_row(c.sequence): c.sequence.limit - 1 for c in chunks})
+        steps, first = max(c.count for c in chunks), self._tick
+        for _ in range(steps):
+            self._decode(rows, epilogue)
+        self._tick = (first + steps) % RING
+        return Readback(self.state.ring, [(_row(c.sequence), first, c.count) for c in chunks])
+
+    def step(self, sequences: Items[Sequence], tokens: Tensor) -> Tensor:
+        """Append tokens, int64 [B], to sequences in rows 0 to B-1, whose pages have room; logits [S, V].
+
+        The tensor is gone with the next step.
+        """
+        chunks = [Chunk(s, s.computed, 1) for s in sequences]
+        rows = self._begin(chunks, dict.fromkeys(range(len(chunks)), UNBOUNDED), tokens_follow=True)
+        self.state.ids[0, : len(chunks)].copy_(tokens, non_blocking=True)
+        return self._decode(rows, None)
+
+    def warm_up(self, batch: int, epilogue: Epilogue | None) -> None:
+        """Capture the graphs of decoding up to `batch` rows, the largest first, so that they share its memory."""
+        if self.graphs is None:
+            return
+        self._fresh()
+        wanted = [b for b in reversed(batch_buckets(batch)) if self._key(b, epilogue) not in self.graphs]
+        if wanted:
+            self.graphs.announce(wanted, 4 * wanted[0] * self.flat.vocab)
+        for rows in wanted:
+            self._capture(rows, epilogue)
+
+    def _begin(self, chunks: Items[Chunk], limits: dict[int, int], tokens_follow: bool = False) -> int:
+        self._fresh()
+        self._send_tables([c.sequence for c in chunks])
+        moved = self._send_lengths({_row(c.sequence): (c.start, limits[_row(c.sequence)]) for c in chunks})
+        for chunk in chunks:
+            row = _row(chunk.sequence)
+            if not tokens_follow and row in moved:
+                self.state.set_token(row, chunk.sequence.tokens[chunk.start])
+            self._lengths[row] = (chunk.start + chunk.count, limits[row])
+        self.state.send()
+        return batch_bucket(1 + max(_row(c.sequence) for c in chunks))
+
+    def _key(self, rows: int, epilogue: Epilogue | None) -> Hashable:
+        return ("decode", rows, epilogue, epilogue.graph_key if epilogue is not None else None)
+
+    def _decode(self, rows: int, epilogue: Epilogue | None) -> Tensor:
+        key = self._key(rows, epilogue)
+        if self.graphs is None:
+            return self._one(rows, epilogue)
+        if key not in self.graphs:
+            self.graphs.announce([rows], 4 * rows * self.flat.vocab)
+            self._capture(rows, epilogue)
+        logits: Tensor = self.graphs.replay(key)
+        return logits
+
+    def _capture(self, rows: int, epilogue: Epilogue | None) -> None:
+        """While no row is in use, so that nothing is written."""
+        assert self.graphs is not None
+        state = self.state
+        kept = [t.clone() for t in (state.limits, state.tick, state.ids)]
+        state.limits.zero_()
+        self.graphs.capture(self._key(rows, epilogue), lambda: self._one(rows, epilogue))
+        for tensor, value in zip((state.limits, state.tick, state.ids), kept):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def _one(self, rows: int, epilogue: Epilogue | None) -> Tensor:
+        logits = self.flat(self.state.advance(rows))
+        if epilogue is not None:
+            self.state.take(rows, epilogue(logits, self.state.active[:rows]))
+        return logits
+
+    def _fresh(self) -> None:
+        """Graphs of weights that are gone are not replayed."""
+        if self.flat.version != self._version:
+            self._version = self.flat.version
+            if self.graphs is not None:
+                self.graphs.clear()
+
+
+def _row(sequence: Sequence) -> int:
+    assert sequence.row is not None
+    return sequence.row

@@ -1,0 +1,80 @@
+"""CUDA graphs of decoding and of short prefills. All of an executor share one memory pool; the largest come first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final
+
+import torch
+
+from ..cuda_graphs import capture_alone
+
+log = logging.getLogger("regraft")
+
+MAX_GRAPHS: Final = 64
+"""Graphs of one executor; the one that was made first goes when there are more."""
+WARM: Final = 2
+"""Runs before a capture: kernels are compiled in the first, their launch plans noted in the second."""
+
+
+class StepGraphs:
+    """Graphs by key. What a function computes stays in the graph's memory until any of them runs again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.held = 0
+        """Bytes that the graphs hold."""
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def clear(self) -> None:
+        """What they were made of is gone."""
+        self._graphs.clear()
+        self.held = 0
+
+    def replay(self, key: Hashable) -> Any:
+        """Run a graph that was captured; returns what its function returned, the same tensors every time."""
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
+
+    def capture(self, key: Hashable, function: Callable[[], Any]) -> None:
+        """Make the graph of a function that may run any number of times without effect.
+
+        Raises:
+            RuntimeError: the function does what cannot be captured, such as looking at a value.
+        """
+        started = time.perf_counter()
+        while len(self._graphs) >= MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        with capture_alone(self.device) as stream, torch.no_grad():
+            before = torch.cuda.memory_reserved(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM):
+                    function()
+            torch.cuda.synchronize(self.device)
+            pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = function()
+            self._graphs[key] = (graph, result)
+            self.held += max(0, torch.cuda.memory_reserved(self.device) - before)
+        self._seconds = time.perf_counter() - started
+
+    def announce(self, sizes: Sequence[int], tokens_bytes: int) -> None:
+        """Say what a warm-up is about to do."""
+        seconds = (self._seconds or 1.0) * len(sizes)
+        print(
+            f"regraft: capturing {len(sizes)} CUDA graphs of decoding (batches of {', '.join(map(str, sizes))}): "
+            f"about {seconds:.0f} s and {max(1, tokens_bytes >> 20)} MiB",
+            flush=True,
+        )

@@ -1,0 +1,118 @@
+"""What a decoding step reads and moves on by itself, as tensors that stay where they are.
+
+The host changes it only where rows change hands or pages are added: all such changes of a moment are one copy of pinned
+memory and one scatter, in the order of the stream. Everything else is computed on the device from lengths and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .flat import Step
+
+RING: Final = 64
+"""Steps whose tokens are kept; the host reads them before they are overwritten."""
+STAGED: Final = 1 << 14
+"""Changes that are sent at once."""
+
+
+class DecodeState:
+    """Rows 0 to `rows - 1` of a batch.
+
+    Args:
+        widths: columns of the block table of each group.
+    """
+
+    def __init__(self, rows: int, widths: Items[int], block_size: int, device: torch.device) -> None:
+        self.rows, self.widths, self.block_size, self.device = rows, tuple(widths), block_size, device
+        parts = [2 * rows, rows, rows, *(rows * width for width in widths)]
+        self._words = torch.zeros(sum(parts), dtype=torch.int32, device=device)
+        ids, self.computed, self.limits, *tables = self._words.split(parts)
+        self.ids = ids.view(torch.int64)[None]
+        """int64 [1, rows]: the token that is computed next."""
+        # computed, limits: int32 [rows], tokens in the pages, and how many there may be; limit 0: an unused row
+        self.tables = tuple(t.view(rows, w) for t, w in zip(tables, widths))
+        """int32 [rows, width] of each group."""
+        self._offsets = [sum(parts[:i]) for i in range(len(parts))]
+        self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.slots = tuple(torch.full((rows,), -1, dtype=torch.int64, device=device) for _ in widths)
+        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.numbers = torch.arange(rows, device=device)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.ring = torch.zeros(RING, rows, dtype=torch.int64, device=device)
+        self.tick = torch.zeros(1, dtype=torch.int64, device=device)
+        """The line of `ring` that the next step writes."""
+        self._staged = torch.zeros(3 * STAGED, dtype=torch.int32, device=device)
+        self._changes: dict[int, int] = {}
+
+    # -- changes by the host ----------------------------------------------------------------------------------------
+
+    def set_token(self, row: int, token: int) -> None:
+        """The row computes this token next."""
+        self._changes[2 * row] = token
+
+    def set_length(self, row: int, computed: int, limit: int) -> None:
+        """The row has so many tokens in its pages, and goes on up to `limit`."""
+        self._changes[self._offsets[1] + row] = computed
+        self._changes[self._offsets[2] + row] = limit
+
+    def set_pages(self, row: int, group: int, first: int, blocks: Items[int]) -> None:
+        """Columns `first` and up of the row's table."""
+        start = self._offsets[3 + group] + row * self.widths[group] + first
+        self._changes.update(zip(range(start, start + len(blocks)), blocks))
+
+    def send(self) -> None:
+        """Let the device have all changes, before whatever is launched next."""
+        items = list(self._changes.items())
+        self._changes.clear()
+        for begin in range(0, len(items), STAGED):
+            where, what = zip(*items[begin : begin + STAGED])
+            count = len(where)
+            host = torch.empty(3 * count, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            host[: 2 * count].view(torch.int64).copy_(torch.tensor(where))
+            host[2 * count :].copy_(torch.tensor(what))
+            staged = self._staged[: 3 * count]
+            staged.copy_(host, non_blocking=True)
+            self._words.scatter_(0, staged[: 2 * count].view(torch.int64), staged[2 * count :])
+
+    def reset(self) -> None:
+        """No row is in use, no change is waiting."""
+        self._changes.clear()
+        self.limits.zero_()
+        self.tick.zero_()
+
+    # -- a step, on the device --------------------------------------------------------------------------------------
+
+    def advance(self, rows: int) -> Step:
+        """Make room for the next token of rows 0 to `rows - 1`; returns the step that computes it."""
+        computed, limits, size = self.computed[:rows], self.limits[:rows], self.block_size
+        active = torch.lt(computed, limits, out=self.active[:rows])
+        position = torch.where(active, computed, 0)
+        self.positions[0, :rows] = position
+        self.lengths[:rows] = torch.where(active, computed + 1, 0)
+        column = self.positions[0, :rows] // size
+        for slots, table in zip(self.slots, self.tables):
+            page = table[:rows].gather(1, column[:, None])[:, 0].long()
+            slots[:rows] = torch.where(active, page * size + self.positions[0, :rows] % size, -1)
+        computed += active
+        return Step(
+            input_ids=self.ids[:, :rows],
+            position_ids=self.positions[:, :rows],
+            rows=self.numbers[:rows],
+            cu_seqlens_q=self.starts[: rows + 1],
+            lengths=self.lengths[:rows],
+            slots=tuple(s[:rows] for s in self.slots),
+            tables=tuple(t[:rows] for t in self.tables),
+            max_q=1,
+        )
+
+    def take(self, rows: int, tokens: Tensor) -> None:
+        """These tokens, int64 [rows], are what active rows compute next; they are kept for the host."""
+        self.ids[0, :rows] = torch.where(self.active[:rows], tokens, self.ids[0, :rows])
+        self.ring[:, :rows].index_copy_(0, self.tick, tokens[None])
+        self.tick.add_(1).remainder_(RING)

@@ -1,0 +1,287 @@
+"""Requests of any length through the engine give what each gives alone; whoever ends, however, leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from paged_flat import VOCAB, Greedy, TinyFlat, prompts
+
+from regraft.runtime.decoding.engine import Engine
+from regraft.runtime.decoding.memory import Limits, count_blocks
+from regraft.runtime.decoding.requests import Request
+from regraft.runtime.errors import InputError, OptionError, RegraftError
+
+
+def build(flat: TinyFlat | None = None, batch: int = 4, **limits: Any) -> tuple[Engine, TinyFlat]:
+    flat = flat if flat is not None else TinyFlat()
+    limits = {"max_seq_len": 128, "token_budget": 40} | limits
+    return Engine(flat, "cpu", Limits(max_batch_size=batch, **limits)), flat  # type: ignore[arg-type]
+
+
+def clean(engine: Engine) -> None:
+    engine.executor.tables.check([])
+    assert all(p.used == 0 for p in engine.executor.tables.pools)
+
+
+@pytest.fixture
+def checked(caplog: pytest.LogCaptureFixture) -> None:
+    """Every table is checked at every step."""
+    caplog.set_level(logging.INFO, "regraft.pages")
+
+
+@pytest.mark.parametrize("burst", [1, 8])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_run_equals_lone_runs(burst: int, block_size: int, checked: None) -> None:
+    engine, flat = build(block_size=block_size)
+    given = prompts(11)
+    stops = frozenset({3, 17, 40})
+    arrived: dict[int, list[int]] = {}
+    found = engine.run(
+        [Request(p, max_new_tokens=5 + i, stop_tokens=stops) for i, p in enumerate(given)],
+        Greedy(),
+        on_token=lambda i, token: arrived.setdefault(i, []).append(token),
+        burst=burst,
+    )
+    expected = [flat.greedy(p, 5 + i, stops) for i, p in enumerate(given)]
+    assert found == expected == [arrived[i] for i in range(11)]
+    clean(engine)
+
+
+def test_too_small_a_cache_preempts_and_goes_on(checked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = TinyFlat()
+    block = 16 * 2 * 2 * 8 * 4 * 2  # tokens, K and V, heads, dim, bytes, layers
+    monkeypatch.setattr("regraft.runtime.decoding.memory.free_bytes", lambda device: 9 * block)
+    engine = Engine(flat, "cpu", Limits(max_batch_size=6, memory_fraction=1.0, token_budget=64), model_length=128)
+    assert [p.num_blocks for p in engine.executor.tables.pools] == [9, 9]
+    given = [p[:30] for p in prompts(8)]
+    assert engine.run([Request(p, max_new_tokens=40) for p in given], Greedy()) == [flat.greedy(p, 40) for p in given]
+    assert engine.stats.preemptions > 0 and 0 < engine.stats.waste < 0.5
+    with pytest.raises(InputError, match="at most 128"):
+        engine.run([Request([1] * 120, max_new_tokens=30)], Greedy())
+    clean(engine)
+
+
+def test_a_second_call_finds_what_the_first_wrote_and_new_weights_do_not() -> None:
+    engine, flat = build()
+    prompt = prompts(1)[0] + list(range(50))
+    first = engine.run([Request(prompt, max_new_tokens=30)], Greedy())
+    longer = prompt + first[0]
+    matched = []
+    tables = engine.executor.tables
+    original = tables.adopt
+    tables.adopt = lambda s, n: matched.append(n) or original(s, n)  # type: ignore[func-returns-value,method-assign]
+    assert engine.run([Request(longer, max_new_tokens=9)], Greedy()) == [flat.greedy(longer, 9)]
+    assert matched == [(len(longer) - 1) // 16]
+    flat.head, flat.version = -flat.head, 1
+    flat.embedding.mul_(0.5)
+    assert engine.run([Request(longer, max_new_tokens=9)], Greedy()) == [flat.greedy(longer, 9)]
+    assert matched[1:] == [0]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["model", "callback"])
+def test_an_error_leaves_the_pool_clean(error: type[BaseException], where: str) -> None:
+    engine, flat = build()
+    given = prompts(6)
+
+    def on_token(index: int, token: int) -> None:
+        if where == "callback" and index == 2:
+            raise error("stop")
+
+    if where == "model":
+        error = ValueError
+        flat.fail_at = 9
+    with pytest.raises(error):
+        engine.run([Request(p, max_new_tokens=30) for p in given], Greedy(), on_token)
+    clean(engine)
+    flat.fail_at = -1
+    assert engine.run([Request(p) for p in given], Greedy()) == [flat.greedy(p, 20) for p in given]
+
+
+def test_one_request_that_cannot_fit_stops_all_before_anything_runs() -> None:
+    engine, flat = build()
+    with pytest.raises(InputError, match=r"100 tokens with max_new_tokens=40 needs 140 positions.* at most 128"):
+        engine.run([Request([1, 2]), Request([1] * 100, max_new_tokens=40)], Greedy())
+    assert flat.calls == 0
+    clean(engine)
+
+
+def test_threads_do_not_mix() -> None:
+    engine, flat = build()
+    given = prompts(12)
+    found: dict[int, list[list[int]]] = {}
+
+    def work(i: int) -> None:
+        if i % 2:
+            found[i] = engine.run([Request(p, max_new_tokens=8) for p in given[i::4]], Greedy())
+        else:
+            found[i] = in_step(engine, given[i::4], 8)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: [flat.greedy(p, 8) for p in given[i::4]] for i in range(4)}
+    clean(engine)
+
+
+def test_a_call_within_a_call_is_refused() -> None:
+    engine, flat = build()
+    request = Request([1, 2, 3])
+    caught = []
+
+    def on_token(index: int, token: int) -> None:
+        with pytest.raises(RegraftError, match="from within on_token") as error:
+            engine.run([request], Greedy())
+        caught.append(error)
+
+    assert engine.run([request], Greedy(), on_token) == [flat.greedy([1, 2, 3], 20)] and len(caught) == 20
+    clean(engine)
+
+
+# -- sessions -----------------------------------------------------------------------------------------------------
+
+
+def in_step(engine: Engine, batch: list[list[int]], new: int) -> list[list[int]]:
+    """Greedy decoding by a session."""
+    session = engine.session(batch, new)
+    logits = session.prefill()
+    out = []
+    for _ in range(new):
+        tokens = logits.argmax(-1)
+        out.append(tokens.tolist())
+        if len(out) < new:
+            logits = session.step(tokens)
+    session.close()
+    return [list(row) for row in zip(*out)]
+
+
+def test_session_equals_lone_runs(checked: None) -> None:
+    engine, flat = build()
+    batch = prompts(4)
+    assert in_step(engine, batch, 50) == [flat.greedy(p, 50) for p in batch]
+    clean(engine)
+
+
+def test_equal_prompts_are_computed_once(checked: None) -> None:
+    engine, flat = build()
+    prompt = prompts(1)[0] + [1, 2, 3]
+    session = engine.session([prompt] * 4, 20)
+    logits = session.prefill()
+    assert flat.calls == -(-len(prompt) // 40)
+    assert logits.shape == (4, VOCAB) and bool((logits == logits[0]).all())
+    known = [list(prompt) for _ in range(4)]
+    for step in range(20):
+        tokens = logits.topk(4).indices.diagonal() if step == 0 else logits.argmax(-1)
+        for row, token in zip(known, tokens.tolist()):
+            row.append(token)
+        logits = session.step(tokens)
+        torch.testing.assert_close(logits.double(), torch.stack([flat.lone(r) for r in known]), rtol=0, atol=2e-5)
+    assert len({tuple(row) for row in known}) == 4
+    session.close()
+    clean(engine)
+
+
+def test_beams_share_and_copy(checked: None) -> None:
+    """Random reorderings: pages are shared until somebody writes."""
+    engine, flat = build(batch=6)
+    made = torch.Generator().manual_seed(0)
+    known = [list(p) for p in prompts(6, longest=30)]
+    session = engine.session(known, 60)
+    logits = session.prefill()
+    for _ in range(60):
+        tokens = torch.randint(0, VOCAB, (6,), generator=made)
+        for row, token in zip(known, tokens.tolist()):
+            row.append(token)
+        logits = session.step(tokens)
+        torch.testing.assert_close(logits.double(), torch.stack([flat.lone(r) for r in known]), rtol=0, atol=2e-5)
+        index = torch.randint(0, 6, (6,), generator=made)
+        session.reorder(index)
+        known = [list(known[i]) for i in index.tolist()]
+    held = engine.executor.tables.use(session.sequences)
+    assert held.allocated < sum(-(-len(k) // 16) * 16 for k in known) * 2
+    session.close()
+    session.close()
+    clean(engine)
+    with pytest.raises(RegraftError, match="closed"):
+        session.step(tokens)
+
+
+def test_sessions_and_calls_take_turns(checked: None) -> None:
+    engine, flat = build(batch=8)
+    batch, other = prompts(8)[:2], prompts(8)[4:8]
+    one, two = engine.session(batch, 30), engine.session(other, 30)
+    known = [list(p) for p in batch], [list(p) for p in other]
+    behind = [one.prefill(), two.prefill()]
+    for step in range(30):
+        for i, session in enumerate((one, two)):
+            tokens = behind[i].argmax(-1)
+            for row, token in zip(known[i], tokens.tolist()):
+                row.append(token)
+            behind[i] = session.step(tokens).clone()
+        if step == 5:
+            request = Request([5, 6, 7], max_new_tokens=12)
+            assert engine.run([request], Greedy()) == [flat.greedy([5, 6, 7], 12)]
+    assert [k[len(p) :] for k, p in zip(known[0], batch)] == [flat.greedy(p, 30) for p in batch]
+    assert [k[len(p) :] for k, p in zip(known[1], other)] == [flat.greedy(p, 30) for p in other]
+    one.close()
+    two.close()
+    clean(engine)
+
+
+def test_sessions_that_nobody_closes_give_their_pages_back() -> None:
+    engine, _ = build()
+    engine.session(prompts(4), 20).prefill()
+    gc.collect()
+    in_step(engine, prompts(4), 3)
+    clean(engine)
+
+
+def test_sessions_that_do_not_fit_are_refused() -> None:
+    engine, flat = build(batch=2)
+    with pytest.raises(InputError, match="a batch of 3: expected 1 to 2"):
+        engine.session([[1]] * 3)
+    with pytest.raises(InputError, match=r"needs? 129 positions"):
+        engine.session([[1] * 100], 30)
+    first = engine.session([[1] * 100] * 2, 28)
+    with pytest.raises(InputError, match="2 sequences of up to 100 tokens with 28 new ones need 16 pages"):
+        engine.session([[1] * 100] * 2, 28)
+    first.close()
+    engine.session([[1] * 100] * 2, 28).close()
+    assert flat.calls == 0
+
+
+# -- limits -------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_counted_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat, cpu = TinyFlat(), torch.device("cpu")
+    block = 16 * 2 * 2 * 8 * 4
+    monkeypatch.setattr("regraft.runtime.decoding.memory.free_bytes", lambda device: 100 * block)
+
+    def count(length: int, **limits: Any) -> list[int]:
+        return count_blocks(flat.layers, flat.groups, Limits(**limits), length, cpu)
+
+    assert count(64, max_batch_size=4, max_seq_len=64) == [16, 16]
+    assert count(160, max_batch_size=4, max_seq_len=160, token_budget=12) == [40, 12]
+    assert count(10_000, memory_fraction=0.5) == [25, 25]
+    assert count(10_000, memory_fraction=1.0, max_batch_size=1, token_budget=12) == [97, 3]
+    with pytest.raises(InputError, match=r"max_seq_len=1000 tokens needs \d+ MiB"):
+        count(1000, max_batch_size=4, max_seq_len=1000)
+    with pytest.raises(InputError, match="hold no page"):
+        count(1000, memory_fraction=0.001)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_batch_size": 0}, {"max_seq_len": 1}, {"memory_fraction": 1.5}, {"block_size": 8}, {"token_budget": 0}],
+)
+def test_wrong_limits_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        Limits(**wrong)
