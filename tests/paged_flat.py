@@ -19,7 +19,8 @@ VOCAB, DIM, WINDOW = 61, 8, 20
 class TinyFlat:
     """Behaves as `FlatProgram` does."""
 
-    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32, windows: tuple[int, ...] = (-1, WINDOW)):
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        windows = (-1, WINDOW)
         made = torch.Generator().manual_seed(7)
         self.layers = tuple(LayerSpec(2, DIM, DIM, left, group, dtype) for group, left in enumerate(windows))
         self.groups, self.vocab, self.max_positions, self.version = windows, VOCAB, None, 0

@@ -112,8 +112,9 @@ class Engine:
                 warm = len(given) <= batch
                 while not call.done:
                     for sequence, tokens in call.step():
-                        for token in tokens if on_token is not None else ():
-                            on_token(numbers[sequence], token)
+                        if on_token is not None:
+                            for token in tokens:
+                                on_token(numbers[sequence], token)
                     self.look(call)
                     if not warm and scheduler.running:
                         self.executor.warm_up(batch, epilogue)

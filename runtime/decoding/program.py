@@ -9,7 +9,7 @@ One graph serves prefill, chunked prefill and decode, alone and mixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import getitem, itemgetter
 from typing import Any, Final
@@ -87,6 +87,11 @@ class FlatProgram:
     def version(self) -> int:
         """Another number after weights moved: what was made of the old ones, such as a CUDA graph, is stale."""
         return self._weights.version
+
+    def fingerprint(self) -> Hashable:
+        """Another value after the weights were changed in any way: keys and values of before are not these weights'."""
+        live: list[Tensor] = [table[name] for table, name in zip(self._tables, self._names)]
+        return self.version, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in live)
 
     def bind(
         self, pages: Sequence[tuple[Tensor, Tensor]], scales: Sequence[tuple[Tensor, Tensor]] | None = None
