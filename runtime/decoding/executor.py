@@ -53,8 +53,8 @@ class Executor:
         self.pages = Pages(flat.layers, counts, size, device)
         flat.bind(self.pages.layers, self.pages.scales)
         self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
-        widths = [-(-self.max_seq_len // size)] * len(counts)
-        self.state = DecodeState(batch_bucket(limits.max_batch_size), widths, size, device)
+        width = -(-self.max_seq_len // size)
+        self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device)
         self.graphs = StepGraphs(device) if device.type == "cuda" else None
         self._owners: list[Sequence | None] = [None] * self.state.rows
         self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
@@ -210,7 +210,7 @@ class Executor:
         """
         chunks = [Chunk(s, s.computed, 1) for s in sequences]
         rows = self._begin(chunks, dict.fromkeys(range(len(chunks)), UNBOUNDED), tokens_follow=True)
-        self.state.ids[0, : len(chunks)].copy_(tokens, non_blocking=True)
+        self.state.ids[: len(chunks)].copy_(tokens, non_blocking=True)
         return self._decode(rows, None)
 
     def warm_up(self, batch: int, epilogue: Epilogue | None) -> None:
@@ -263,7 +263,7 @@ class Executor:
     def _one(self, rows: int, epilogue: Epilogue | None) -> Tensor:
         logits = self.flat(self.state.advance(rows))
         if epilogue is not None:
-            self.state.take(rows, epilogue(logits, self.state.active[:rows]))
+            self.state.take(epilogue(logits, self.state.active[:rows]))
         return logits
 
     def _fresh(self) -> None:

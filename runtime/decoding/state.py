@@ -24,24 +24,27 @@ class DecodeState:
     """Rows 0 to `rows - 1` of a batch.
 
     Args:
-        widths: columns of the block table of each group.
+        groups: block tables of each row.
+        width: columns of a table.
     """
 
-    def __init__(self, rows: int, widths: Items[int], block_size: int, device: torch.device) -> None:
-        self.rows, self.widths, self.block_size, self.device = rows, tuple(widths), block_size, device
-        parts = [2 * rows, rows, rows, *(rows * width for width in widths)]
+    def __init__(self, rows: int, groups: int, width: int, block_size: int, device: torch.device) -> None:
+        self.rows, self.width, self.block_size, self.device = rows, width, block_size, device
+        parts = [2 * rows, rows, rows, groups * rows * width]
         self._words = torch.zeros(sum(parts), dtype=torch.int32, device=device)
-        ids, self.computed, self.limits, *tables = self._words.split(parts)
-        self.ids = ids.view(torch.int64)[None]
-        """int64 [1, rows]: the token that is computed next."""
+        ids, self.computed, self.limits, tables = self._words.split(parts)
+        self._computed_at, self._limits_at, self._tables_at = 2 * rows, 3 * rows, 4 * rows
+        self.ids = ids.view(torch.int64)
+        """int64 [rows]: the token that is computed next."""
         # computed, limits: int32 [rows], tokens in the pages, and how many there may be; limit 0: an unused row
-        self.tables = tuple(t.view(rows, w) for t, w in zip(tables, widths))
+        self._tables = tables.view(groups, rows, width)
+        self.tables = self._tables.unbind(0)
         """int32 [rows, width] of each group."""
-        self._offsets = [sum(parts[:i]) for i in range(len(parts))]
-        self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.slots = tuple(torch.full((rows,), -1, dtype=torch.int64, device=device) for _ in widths)
+        self._slots = torch.full((groups, rows), -1, dtype=torch.int64, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
+        """bool [rows]: who takes part in the step under way."""
         self.numbers = torch.arange(rows, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.ring = torch.zeros(RING, rows, dtype=torch.int64, device=device)
@@ -58,12 +61,12 @@ class DecodeState:
 
     def set_length(self, row: int, computed: int, limit: int) -> None:
         """The row has so many tokens in its pages, and goes on up to `limit`."""
-        self._changes[self._offsets[1] + row] = computed
-        self._changes[self._offsets[2] + row] = limit
+        self._changes[self._computed_at + row] = computed
+        self._changes[self._limits_at + row] = limit
 
     def set_pages(self, row: int, group: int, first: int, blocks: Items[int]) -> None:
         """Columns `first` and up of the row's table."""
-        start = self._offsets[3 + group] + row * self.widths[group] + first
+        start = self._tables_at + (group * self.rows + row) * self.width + first
         self._changes.update(zip(range(start, start + len(blocks)), blocks))
 
     def send(self) -> None:
@@ -90,29 +93,42 @@ class DecodeState:
 
     def advance(self, rows: int) -> Step:
         """Make room for the next token of rows 0 to `rows - 1`; returns the step that computes it."""
-        computed, limits, size = self.computed[:rows], self.limits[:rows], self.block_size
-        active = torch.lt(computed, limits, out=self.active[:rows])
-        position = torch.where(active, computed, 0)
-        self.positions[0, :rows] = position
-        self.lengths[:rows] = torch.where(active, computed + 1, 0)
-        column = self.positions[0, :rows] // size
-        for slots, table in zip(self.slots, self.tables):
-            page = table[:rows].gather(1, column[:, None])[:, 0].long()
-            slots[:rows] = torch.where(active, page * size + self.positions[0, :rows] % size, -1)
-        computed += active
+        if self.device.type == "cuda":
+            from ...kernels import decode_triton  # Triton is not there on every platform
+
+            own = (self.computed, self.limits, self._tables, self.positions, self.lengths)
+            decode_triton.advance(*own, self.active.view(torch.uint8), self._slots, rows, self.block_size)
+        else:
+            self._advance(rows)
         return Step(
-            input_ids=self.ids[:, :rows],
-            position_ids=self.positions[:, :rows],
+            input_ids=self.ids[None, :rows],
+            position_ids=self.positions[None, :rows],
             rows=self.numbers[:rows],
             cu_seqlens_q=self.starts[: rows + 1],
             lengths=self.lengths[:rows],
-            slots=tuple(s[:rows] for s in self.slots),
+            slots=self._slots[:, :rows].unbind(0),
             tables=tuple(t[:rows] for t in self.tables),
             max_q=1,
         )
 
-    def take(self, rows: int, tokens: Tensor) -> None:
-        """These tokens, int64 [rows], are what active rows compute next; they are kept for the host."""
-        self.ids[0, :rows] = torch.where(self.active[:rows], tokens, self.ids[0, :rows])
+    def _advance(self, rows: int) -> None:
+        computed, size = self.computed[:rows], self.block_size
+        active = torch.lt(computed, self.limits[:rows], out=self.active[:rows])
+        position = torch.where(active, computed, 0).long()
+        page = self._tables[:, :rows].gather(2, (position // size).expand(len(self.tables), -1)[..., None])[..., 0]
+        self._slots[:, :rows] = torch.where(active, page * size + position % size, -1)
+        self.positions[:rows] = position
+        self.lengths[:rows] = torch.where(active, computed + 1, 0)
+        computed += active
+
+    def take(self, tokens: Tensor) -> None:
+        """These tokens, int64 [S], are what active rows compute next; they are kept for the host."""
+        rows = tokens.shape[0]
+        if self.device.type == "cuda":
+            from ...kernels import decode_triton
+
+            decode_triton.take(tokens, self.active.view(torch.uint8), self.ids, self.ring, self.tick)
+            return
+        self.ids[:rows] = torch.where(self.active[:rows], tokens, self.ids[:rows])
         self.ring[:, :rows].index_copy_(0, self.tick, tokens[None])
         self.tick.add_(1).remainder_(RING)
