@@ -51,11 +51,30 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType(
 """By kind. "gelu_fast8" is "gelu_fast" with sqrt(2/pi) at eight digits, as Megatron's `bias_gelu` has it."""
 
 
+SOFTCAP: Final = "softcap:"
+"""Before a number c: the kind `c * tanh(x / c)`, as in "softcap:30.0"."""
+
+
+def cap_of(kind: str) -> float:
+    """The number in "softcap:30.0"; 0.0 for every other kind."""
+    try:
+        cap = float(kind[len(SOFTCAP) :]) if kind.startswith(SOFTCAP) else 0.0
+    except ValueError:
+        return 0.0
+    return cap if 0.0 < cap < math.inf else 0.0
+
+
+def is_known(kind: str) -> bool:
+    """Whether `activation` computes it."""
+    return kind in ACTIVATIONS or cap_of(kind) > 0.0
+
+
 def activate(x: Tensor, kind: str) -> Tensor:
     """The reference of `activation` as a plain function, for the ops that contain it."""
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {kind!r}")
-    return ACTIVATIONS[kind](x)
+    if not is_known(kind):
+        raise ValueError(f"activation is {SOFTCAP}<number> or one of {', '.join(ACTIVATIONS)}; got {kind!r}")
+    cap = cap_of(kind)
+    return torch.tanh(x / cap) * cap if cap else ACTIVATIONS[kind](x)
 
 
 def _activation_cost(x: Tensor, kind: str) -> Cost:
@@ -64,7 +83,8 @@ def _activation_cost(x: Tensor, kind: str) -> Cost:
 
 @define(cost=_activation_cost)
 def activation(x: Tensor, kind: str) -> Tensor:
-    """`f(x)`, elementwise, of x's shape and dtype; `kind` is a key of `ACTIVATIONS`, otherwise `ValueError`."""
+    """`f(x)`, elementwise, of x's shape and dtype; `kind` is a key of `ACTIVATIONS` or "softcap:30.0", otherwise
+    `ValueError`."""
     return activate(x, kind)
 
 

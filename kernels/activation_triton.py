@@ -54,10 +54,19 @@ def _gelu(x, FAST: tl.constexpr):
     return tl.where(x < 0, -tail, x - tail)
 
 
+@triton.constexpr_function
+def cap_of(kind):
+    """The number in "softcap:30.0", 0.0 for other kinds, when a kernel is compiled."""
+    return ops.cap_of(kind)
+
+
 @triton.jit
 def activate(x, KIND: tl.constexpr, FAST: tl.constexpr = False):
     """`activation(x, KIND)` of fp32 x; a NaN stays a NaN. FAST is right to 2e-7, enough for results of 16 bits."""
-    if KIND == "relu":
+    CAP: tl.constexpr = cap_of(KIND)
+    if CAP > 0.0:
+        y = CAP - 2.0 * CAP / (tl.exp(x * (2.0 / CAP)) + 1.0) if FAST else CAP * tanh(x / CAP)
+    elif KIND == "relu":
         y = tl.where(x < 0, 0.0, x)
     elif KIND == "relu2":
         y = tl.where(x < 0, 0.0, x * x)
@@ -176,7 +185,7 @@ def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
 
 def refuse_kind(signature: Signature) -> str | None:
     """Why there is no epilogue for this activation, or `None`."""
-    return None if signature["kind"] in ops.ACTIVATIONS else f"activation {signature['kind']!r} is not known"
+    return None if ops.is_known(signature["kind"]) else f"activation {signature['kind']!r} is not known"
 
 
 def _supports(signature: Signature) -> str | None:

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .activation_triton import activate
+from .activation_triton import activate, cap_of
 
 
 @gluon.jit
@@ -44,7 +44,10 @@ def _gelu(x):
 @gluon.jit
 def _activate(x, KIND: gl.constexpr):
     """`activate(x, KIND)` with the special functions of the hardware, two for each number."""
-    if KIND == "silu":
+    CAP: gl.constexpr = cap_of(KIND)
+    if CAP > 0.0:
+        y = CAP - 2.0 * CAP * _sigmoid(x * (-2.0 / CAP))
+    elif KIND == "silu":
         y = x * _sigmoid(x)
     elif KIND == "quick_gelu":
         y = x * _sigmoid(1.702 * x)

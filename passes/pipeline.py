@@ -30,6 +30,7 @@ from . import (
     qkv_rope,
     rms_norm,
     rope,
+    softcap,
     softmax,
 )
 
@@ -49,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("glu", Stage.RAISE, glu.RULES),
     Pass("attention", Stage.RAISE, (attention.SDPA(), *eager_attention.RULES, attention.RepeatKV())),
     Pass("softmax", Stage.RAISE, softmax.RULES),  # what is left of them: attention has one inside
+    Pass("softcap", Stage.RAISE, softcap.RULES),  # and may have one of these
     Pass("attention_scale", Stage.RAISE, run=attention_scale.attention_scale),
     Pass("masks", Stage.RAISE, run=masks.masks),
     Pass("tidy", Stage.RAISE, run=lambda program, _: canonicalize.canonicalize(program, "tidy"), optional=False),

@@ -22,6 +22,7 @@ SAME = {
 """Names in transformers that have the bits of another kind."""
 
 PARAMETRIC = {"prelu", "xielu"}
+KINDS = [*ACTIVATIONS, "softcap:5.0"]
 
 
 def samples() -> torch.Tensor:
@@ -85,12 +86,13 @@ DEFINITIONS: dict[str, Callable[[float], float]] = {
     "gelu_fast": gelu_tanh,
     "gelu_fast8": gelu_tanh,
     "quick_gelu": lambda v: v * sigmoid(1.702 * v),
+    "softcap:5.0": lambda v: 5 * math.tanh(v / 5),
 }
 ROUGH = {"laplace": 2e-6, "gelu_fast": 1e-9, "gelu_fast8": 1e-7, "softplus": 3e-9, "sqrtsoftplus": 1e-9}
 """Constants with few digits; softplus is the identity above 20."""
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_reference_is_the_definition(kind: str) -> None:
     x = samples().double()
     expected = torch.tensor([DEFINITIONS[kind](v) for v in x.tolist()], dtype=torch.float64)
@@ -99,31 +101,34 @@ def test_reference_is_the_definition(kind: str) -> None:
 
 def test_reference_never_returns_its_input() -> None:
     x = torch.rand(3) + 1
-    for kind in ACTIVATIONS:
+    for kind in KINDS:
         assert activation(x, kind).data_ptr() != x.data_ptr()
 
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(ValueError, match="gelu_new"):
         activation(torch.randn(3), "gelu_newer")
+    for cap in ("", "0", "-1.0", "inf", "nan", "x"):
+        with pytest.raises(ValueError, match="softcap:<number>"):
+            activation(torch.randn(3), f"softcap:{cap}")
 
 
 def test_glu_is_the_product() -> None:
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64)
-    for kind in ACTIVATIONS:
+    for kind in KINDS:
         assert torch.equal(glu(gate, up, kind), activation(gate, kind) * up)
 
 
 @on_devices
 @in_dtypes
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_triton_activation(kind: str, dtype: torch.dtype, device: str) -> None:
     check_kernel(activation, samples().to(device, dtype), kind)
 
 
 @on_devices
 @in_dtypes
-@pytest.mark.parametrize("kind", ["tanh", "silu", "softplus", "quick_gelu"])
+@pytest.mark.parametrize("kind", ["tanh", "silu", "softplus", "quick_gelu", "softcap:5.0"])
 def test_triton_is_exact_near_zero(kind: str, dtype: torch.dtype, device: str) -> None:
     """Small arguments alone: the bound is then relative to small results."""
     check_kernel(activation, torch.linspace(-0.01, 0.01, 500, device=device).to(dtype), kind)
@@ -142,13 +147,13 @@ def test_triton_views(dtype: torch.dtype, device: str) -> None:
     check_kernel(activation, torch.randn((), device=device).to(dtype), "tanh")
 
 
-LIMITS = {"sigmoid": 1.0, "tanh": 1.0, "laplace": 1.0, "relu6": 6.0, "gelu_10": 10.0}
+LIMITS = {"sigmoid": 1.0, "tanh": 1.0, "laplace": 1.0, "relu6": 6.0, "gelu_10": 10.0, "softcap:5.0": 5.0}
 
 
 @on_devices
 def test_triton_keeps_nan_and_infinity(device: str) -> None:
     x = torch.tensor([math.nan, math.inf], device=device)
-    for kind in ACTIVATIONS:
+    for kind in KINDS:
         kernel, _ = select(activation, activation.signature(x, kind))
         assert kernel is not None
         y = kernel.run(x, kind)
