@@ -81,6 +81,11 @@ def _section(heads: int, most: int) -> int:
     return found if 2 * found > most else heads
 
 
+def _blocks(rows: int, sequences: int) -> int:
+    """Blocks of packed queries: each sequence has at most one more than the multiples of a block's rows in it."""
+    return rows // (2 * QUERIES) + sequences
+
+
 def _run(
     q: Tensor,
     k: Tensor,
@@ -104,8 +109,10 @@ def _run(
     if tiles is None:
         raise ValueError(f"no tiles of head dimensions {d} and {dv}")
     tile, stages, slots = tiles
-    blocks = triton.cdiv(queries, 2 * QUERIES)
-    rows = sequences * heads
+    if cu is None:
+        blocks, rows = triton.cdiv(queries, 2 * QUERIES), sequences * heads
+    else:
+        blocks, rows = _blocks(q.shape[2], sequences), heads
     section = rows
     if right < 0:  # rows of one length: heads are done one after another, as many at once as L2 holds
         most = max(1, L2_BYTES // (2 * keys * (d + dv))) * (heads // kv_heads)
@@ -209,7 +216,7 @@ def varlen_attention(
     q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     sequences = cu_seqlens_q.shape[0] - 1
     readable = all(_readable(t) for t in (q4, k4, v4))
-    many = sequences * q.shape[1] * triton.cdiv(max_q, 2 * QUERIES) > MAX_TILES
+    many = _blocks(q.shape[0], sequences) * q.shape[1] > MAX_TILES
     if not readable or many or 0 in (q.numel(), k.numel(), max_q, sequences) or scale <= 0.0:
         rest = (block_table, sinks, scale, left, right, softcap)
         return varlen_attention_triton.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *rest)

@@ -34,7 +34,6 @@ from .attention_gluon_parts import (
     copy,
     find,
     layout_of,
-    lengths,
     rounds,
     scores_of,
     softmax,
@@ -65,7 +64,7 @@ def _produce(
     q_bufs, k_bufs, v_bufs = buffers
     q_bufs2, k_bufs2, v_bufs2 = buffers2
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
-    tiles, GROUP, max_q, max_k, left, right = sizes
+    tiles, GROUP, SEQUENCES, _rows, max_q, max_k, left, right = sizes
     M: gl.constexpr = q_bufs.shape[1]
     N: gl.constexpr = k_bufs.shape[1]
     D: gl.constexpr = k_bufs.shape[2]
@@ -73,9 +72,11 @@ def _produce(
     count = 0
     used = 0
     most = rounds(tiles)
-    done, batch, head, block = find(gl.to_tensor(0), most, tiles, order, cu[0], VARLEN, 2 * M)
+    done, batch, head, block, q_first, k_first, Q, K = find(
+        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+    )
     while done < most:
-        place, q_first, k_first, Q, K = lengths(batch, max_q, max_k, cu, VARLEN)
+        place = batch * 0 if VARLEN else batch
         first, _whole, _edge, stop = span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, 2 * M, N)
         at = (place, head // GROUP)
         for part in gl.static_range(2):
@@ -94,7 +95,9 @@ def _produce(
             copy(v_desc, v_desc2, at, row, v_full.index(stage), v_bufs.index(stage), v_bufs2.index(stage), DV, DV2)
             count = count + 1
         used = used + 1
-        done, batch, head, block = find(done + 1, most, tiles, order, cu[0], VARLEN, 2 * M)
+        done, batch, head, block, q_first, k_first, Q, K = find(
+            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+        )
 
 
 @gluon.jit
@@ -119,9 +122,8 @@ def _store(o_ptr, acc, rows, head, H, FIRST: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _clear_behind(o_ptr, cu, ELEMENTS, PART: gl.constexpr):
+def _clear_behind(o_ptr, cu_q_ptr, SEQUENCES, T, ELEMENTS, PART: gl.constexpr):
     """Zeroes the rows of o `[T, H, WIDTH]` behind the last sequence; ELEMENTS are in one row."""
-    cu_q_ptr, _cu_k_ptr, SEQUENCES, T = cu
     LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     last = T.to(gl.int64) * ELEMENTS
     first = gl.load(cu_q_ptr + SEQUENCES).to(gl.int64) * ELEMENTS + (gl.program_id(0) * 2 + PART) * 1024
@@ -161,7 +163,7 @@ def _consume(
     q_bufs, k_bufs, v_bufs = buffers
     q_bufs2, k_bufs2, v_bufs2 = buffers2
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
-    tiles, _group, max_q, max_k, left, right = sizes
+    tiles, _group, SEQUENCES, T, max_q, max_k, left, right = sizes
     o_ptr, key_mask_ptr, bias_ptr, sink_ptr = pointers
     scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s = numbers
     M: gl.constexpr = q_bufs.shape[1]
@@ -181,9 +183,11 @@ def _consume(
     count = 0
     used = 0
     most = rounds(tiles)
-    done, batch, head, block = find(gl.to_tensor(0), most, tiles, order, cu[0], VARLEN, 2 * M)
+    done, batch, head, block, q_first, _k_first, Q, K = find(
+        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+    )
     while done < most:
-        at, q_first, _k_first, Q, K = lengths(batch, max_q, max_k, cu, VARLEN)
+        at = batch * 0 if VARLEN else batch
         first, whole, edge, stop = span(block, Q, K, left, right, HAS_LEFT, HAS_RIGHT, 2 * M, N)
         row = block * (2 * M) + PART * M
         position = row + gl.arange(0, M, ROW) + (K - Q)
@@ -278,7 +282,9 @@ def _consume(
         values = warpgroup_mma(p, v_bufs.index(old), acc, is_async=True)
         if DV2 > 0:
             values2 = warpgroup_mma(gl.convert_layout(p, P_LAYOUT2), v_bufs2.index(old), acc2, is_async=True)
-        done, next_batch, next_head, next_block = find(done + 1, most, tiles, order, cu[0], VARLEN, 2 * M)
+        done, next_batch, next_head, next_block, next_q_first, _k_first, next_Q, next_K = find(
+            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+        )
         if HAS_SINKS:
             sink = gl.load(sink_ptr + head * step_s).to(gl.float32) * LOG2E
             m_new = gl.maximum(m, sink)
@@ -312,9 +318,10 @@ def _consume(
             mbarrier.arrive(q_empty.index(PART), count=1)
         used = used + 1
         batch, head, block = next_batch, next_head, next_block
+        q_first, Q, K = next_q_first, next_Q, next_K
     tma.store_wait(0)
     if VARLEN:
-        _clear_behind(o_ptr, cu, order[0] * WIDTH, PART)
+        _clear_behind(o_ptr, cu[0], SEQUENCES, T, order[0] * WIDTH, PART)
 
 
 @gluon.jit(do_not_specialize=["SEQUENCES", "T", "TILES", "Q", "K", "Q_BLOCKS", "SECTION", "left", "right"])
@@ -406,9 +413,9 @@ def attention_hopper_kernel(
     buffers = (q_bufs, k_bufs, v_bufs)
     buffers2 = (q_bufs2, k_bufs2, v_bufs2)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    sizes = (TILES, GROUP, Q, K, left, right)
+    sizes = (TILES, GROUP, SEQUENCES, T, Q, K, left, right)
     order = (H, Q_BLOCKS, SECTION, per_head, per_section_head, per_tile)
-    cu = (cu_q_ptr, cu_k_ptr, SEQUENCES, T)
+    cu = (cu_q_ptr, cu_k_ptr)
     pointers = (o_ptr, key_mask_ptr, bias_ptr, sink_ptr)
     numbers = (scale, softcap, step_pb, step_p, step_bb, step_bh, step_b, step_s)
     gl.warp_specialize(

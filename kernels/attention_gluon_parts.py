@@ -65,36 +65,41 @@ def tile(index, order):
 
 
 @gluon.jit
-def find(done, count, tiles, order, cu_q_ptr, VARLEN: gl.constexpr, M: gl.constexpr):
-    """The program's next tile from its `done`-th on, of `count`: its number, batch, head and block. Blocks behind the
-    last query of a packed sequence are passed over; then the number may be `count`, and there is no tile."""
-    index = place_of(done)
-    if VARLEN:
-        index = gl.minimum(index, tiles - 1)
-    batch, head, block = tile(index, order)
-    if VARLEN:
-        queries = gl.load(cu_q_ptr + batch + 1) - gl.load(cu_q_ptr + batch)
-        while (queries <= block * M) & (done < count):
-            done = done + 1
-            batch, head, block = tile(gl.minimum(place_of(done), tiles - 1), order)
-            queries = gl.load(cu_q_ptr + batch + 1) - gl.load(cu_q_ptr + batch)
-    return done, batch, head, block
+def find(done, batch, count, tiles, order, Q, K, cu, VARLEN: gl.constexpr, M: gl.constexpr):
+    """The program's next tile from its `done`-th of `count` on: its number, batch, head and block, then the first
+    query and key of its sequence, and how many there are.
 
-
-@gluon.jit
-def lengths(batch, Q, K, cu, VARLEN: gl.constexpr):
-    """Where a sequence lies: its place in the batch, first query, first key; numbers of queries and keys."""
-    place = batch
+    VARLEN: a sequence has a block for every M rows of q that it touches. The blocks of all are walked from the last
+    to the first, so `batch` is where the search starts. A sequence may have a block too many, which is passed over;
+    the number may then be `count`, and there is no tile.
+    """
     q_first = batch * 0
     k_first = batch * 0
     if VARLEN:
-        cu_q_ptr, cu_k_ptr, _sequences, _rows = cu
-        place = batch * 0
-        q_first = gl.load(cu_q_ptr + batch)
+        cu_q_ptr, cu_k_ptr = cu
+        H, BLOCKS, _section, per_head, _per_section_head, _per_tile = order
+        head = batch * 0
+        block = batch * 0
+        Q = batch * 0
+        search = True
+        while search:
+            index = gl.minimum(place_of(done), tiles - 1)
+            back = quotient(index, per_head)
+            head = index - back * H
+            q_first = gl.load(cu_q_ptr + batch)
+            block = BLOCKS - 1 - back - batch - q_first // M
+            while (block < 0) & (batch > 0):
+                batch = batch - 1
+                q_first = gl.load(cu_q_ptr + batch)
+                block = BLOCKS - 1 - back - batch - q_first // M
+            Q = gl.load(cu_q_ptr + batch + 1) - q_first
+            search = (block * M >= Q) & (done < count)
+            done = done + search.to(gl.int32)
         k_first = gl.load(cu_k_ptr + batch)
-        Q = gl.load(cu_q_ptr + batch + 1) - q_first
         K = gl.load(cu_k_ptr + batch + 1) - k_first
-    return place, q_first, k_first, Q, K
+    else:
+        batch, head, block = tile(place_of(done), order)
+    return done, batch, head, block, q_first, k_first, Q, K
 
 
 @gluon.constexpr_function
@@ -107,8 +112,12 @@ def _rows_layout(width):
 def clear(buf, used):
     """Zeroes the rows of a tile from `used` on, before the matrix unit reads it."""
     LAYOUT: gl.constexpr = _rows_layout(buf.shape[1])
-    row = gl.arange(0, buf.shape[0], gl.SliceLayout(1, LAYOUT))
-    buf.store(gl.where((row < used)[:, None], buf.load(LAYOUT), 0.0).to(buf.dtype))
+    ROWS: gl.constexpr = buf.shape[0] // 4
+    for i in gl.static_range(4):
+        if used < (i + 1) * ROWS:
+            part = buf.slice(i * ROWS, ROWS)
+            row = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+            part.store(gl.where((row < used)[:, None], part.load(LAYOUT), 0.0).to(buf.dtype))
 
 
 @gluon.jit

@@ -88,7 +88,7 @@ def test_columns_that_8_does_not_divide(columns: int) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("kind", ["silu", "quick_gelu", "gelu", "gelu_new", "relu", "mish"])
+@pytest.mark.parametrize("kind", ["silu", "quick_gelu", "gelu", "gelu_new", "relu", "mish", "softcap:30.0"])
 def test_activations_on_wgmma(kind: str) -> None:
     """Those that the kernel computes in its own way, and two of the others."""
     x, weight, bias = linear(200, 136, 64, torch.bfloat16, "cuda")
