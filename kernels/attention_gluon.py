@@ -109,9 +109,9 @@ def _run(
     if tiles is None:
         raise ValueError(f"no tiles of head dimensions {d} and {dv}")
     tile, stages, slots = tiles
-    if cu is None:
-        blocks, rows = triton.cdiv(queries, 2 * QUERIES), sequences * heads
-    else:
+    blocks, rows = triton.cdiv(queries, 2 * QUERIES), sequences * heads
+    ragged = cu is not None and blocks * sequences > _blocks(q.shape[2], sequences)
+    if ragged:
         blocks, rows = _blocks(q.shape[2], sequences), heads
     section = rows
     if right < 0:  # rows of one length: heads are done one after another, as many at once as L2 holds
@@ -157,6 +157,7 @@ def _run(
             HAS_BIAS=bias is not None,
             HAS_SINKS=sinks is not None,
             VARLEN=cu is not None,
+            RAGGED=ragged,
             D2=parts(d)[1],
             DV2=parts(dv)[1],
             WIDTH=dv,
@@ -216,7 +217,7 @@ def varlen_attention(
     q4, k4, v4 = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     sequences = cu_seqlens_q.shape[0] - 1
     readable = all(_readable(t) for t in (q4, k4, v4))
-    many = _blocks(q.shape[0], sequences) * q.shape[1] > MAX_TILES
+    many = _blocks(q.shape[0], sequences) * q.shape[1] > MAX_TILES  # or fewer, see `_run`
     if not readable or many or 0 in (q.numel(), k.numel(), max_q, sequences) or scale <= 0.0:
         rest = (block_table, sinks, scale, left, right, softcap)
         return varlen_attention_triton.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *rest)

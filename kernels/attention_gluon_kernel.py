@@ -54,6 +54,7 @@ def _produce(
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     VARLEN: gl.constexpr,
+    RAGGED: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     D2: gl.constexpr,
@@ -73,7 +74,7 @@ def _produce(
     used = 0
     most = rounds(tiles)
     done, batch, head, block, q_first, k_first, Q, K = find(
-        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, RAGGED, 2 * M
     )
     while done < most:
         place = batch * 0 if VARLEN else batch
@@ -96,7 +97,7 @@ def _produce(
             count = count + 1
         used = used + 1
         done, batch, head, block, q_first, k_first, Q, K = find(
-            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, RAGGED, 2 * M
         )
 
 
@@ -152,6 +153,7 @@ def _consume(
     HAS_BIAS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     VARLEN: gl.constexpr,
+    RAGGED: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     D2: gl.constexpr,
@@ -184,7 +186,7 @@ def _consume(
     used = 0
     most = rounds(tiles)
     done, batch, head, block, q_first, _k_first, Q, K = find(
-        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+        gl.to_tensor(0), SEQUENCES - 1, most, tiles, order, max_q, max_k, cu, VARLEN, RAGGED, 2 * M
     )
     while done < most:
         at = batch * 0 if VARLEN else batch
@@ -283,7 +285,7 @@ def _consume(
         if DV2 > 0:
             values2 = warpgroup_mma(gl.convert_layout(p, P_LAYOUT2), v_bufs2.index(old), acc2, is_async=True)
         done, next_batch, next_head, next_block, next_q_first, _k_first, next_Q, next_K = find(
-            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, 2 * M
+            done + 1, batch, most, tiles, order, max_q, max_k, cu, VARLEN, RAGGED, 2 * M
         )
         if HAS_SINKS:
             sink = gl.load(sink_ptr + head * step_s).to(gl.float32) * LOG2E
@@ -369,6 +371,7 @@ def attention_hopper_kernel(
     HAS_BIAS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     VARLEN: gl.constexpr,
+    RAGGED: gl.constexpr,  # how the blocks of packed sequences are counted, see `find`
     D2: gl.constexpr,  # 0 without a second part
     DV2: gl.constexpr,
     WIDTH: gl.constexpr,  # of values, without padding
@@ -424,23 +427,23 @@ def attention_hopper_kernel(
                 _consume,
                 (
                     descs, descs2, buffers, buffers2, barriers, sizes, order, cu, pointers, numbers, 0,
-                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, VARLEN, SLOTS, STAGES,
-                    D2, DV2, WIDTH, PINGPONG,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, VARLEN, RAGGED, SLOTS,
+                    STAGES, D2, DV2, WIDTH, PINGPONG,
                 ),
             ),
             (
                 _consume,
                 (
                     descs, descs2, buffers, buffers2, barriers, sizes, order, cu, pointers, numbers, 1,
-                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, VARLEN, SLOTS, STAGES,
-                    D2, DV2, WIDTH, PINGPONG,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, HAS_BIAS, HAS_SINKS, VARLEN, RAGGED, SLOTS,
+                    STAGES, D2, DV2, WIDTH, PINGPONG,
                 ),
             ),
             (
                 _produce,
                 (
                     descs, descs2, buffers, buffers2, barriers, sizes, order, cu,
-                    HAS_LEFT, HAS_RIGHT, VARLEN, SLOTS, STAGES, D2, DV2,
+                    HAS_LEFT, HAS_RIGHT, VARLEN, RAGGED, SLOTS, STAGES, D2, DV2,
                 ),
             ),
         ],

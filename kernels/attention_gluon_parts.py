@@ -65,13 +65,13 @@ def tile(index, order):
 
 
 @gluon.jit
-def find(done, batch, count, tiles, order, Q, K, cu, VARLEN: gl.constexpr, M: gl.constexpr):
+def find(done, batch, count, tiles, order, Q, K, cu, VARLEN: gl.constexpr, RAGGED: gl.constexpr, M: gl.constexpr):
     """The program's next tile from its `done`-th of `count` on: its number, batch, head and block, then the first
     query and key of its sequence, and how many there are.
 
-    VARLEN: a sequence has a block for every M rows of q that it touches. The blocks of all are walked from the last
-    to the first, so `batch` is where the search starts. A sequence may have a block too many, which is passed over;
-    the number may then be `count`, and there is no tile.
+    VARLEN: blocks behind the last query of a sequence are passed over; the number may then be `count`, and there is
+    no tile. RAGGED: a sequence has a block for every M rows of q that it touches, at most one too many. The blocks of
+    all are walked from the last to the first, so `batch` is where the search starts.
     """
     q_first = batch * 0
     k_first = batch * 0
@@ -84,14 +84,18 @@ def find(done, batch, count, tiles, order, Q, K, cu, VARLEN: gl.constexpr, M: gl
         search = True
         while search:
             index = gl.minimum(place_of(done), tiles - 1)
-            back = quotient(index, per_head)
-            head = index - back * H
-            q_first = gl.load(cu_q_ptr + batch)
-            block = BLOCKS - 1 - back - batch - q_first // M
-            while (block < 0) & (batch > 0):
-                batch = batch - 1
+            if RAGGED:
+                back = quotient(index, per_head)
+                head = index - back * H
                 q_first = gl.load(cu_q_ptr + batch)
                 block = BLOCKS - 1 - back - batch - q_first // M
+                while (block < 0) & (batch > 0):
+                    batch = batch - 1
+                    q_first = gl.load(cu_q_ptr + batch)
+                    block = BLOCKS - 1 - back - batch - q_first // M
+            else:
+                batch, head, block = tile(index, order)
+                q_first = gl.load(cu_q_ptr + batch)
             Q = gl.load(cu_q_ptr + batch + 1) - q_first
             search = (block * M >= Q) & (done < count)
             done = done + search.to(gl.int32)

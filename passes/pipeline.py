@@ -26,6 +26,7 @@ from . import (
     norm_rope,
     outputs,
     pack,
+    patches,
     qkv,
     qkv_rope,
     rms_norm,
@@ -61,6 +62,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("add_norm", Stage.FUSE, add_norm.RULES),
     Pass("norm_rope", Stage.FUSE, norm_rope.RULES),
     Pass("qkv_rope", Stage.FUSE, qkv_rope.RULES),
+    Pass("patches", Stage.FUSE, patches.RULES),
     Pass("written_norm", Stage.FUSE, (*_of(Stage.FUSE, layer_norm), *_of(Stage.FUSE, rms_norm))),
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),
