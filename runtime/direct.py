@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from . import numerics
+
 aten = torch.ops.aten
 
 BINDINGS: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
@@ -37,7 +39,9 @@ BINDINGS: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
 
 
 def direct(program: fx.GraphModule) -> Callable[..., Any]:
-    """The forward of a copy whose calls are those of `BINDINGS`."""
+    """The forward of a copy whose calls are those of `BINDINGS`; under `REGRAFT_LOGS=numerics` it looks at each."""
+    if numerics.wanted():
+        return numerics.Checked(program).run
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     for node in graph.nodes:

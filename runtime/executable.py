@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..compiler.program import InputKind, Program, Recipe
+from . import numerics
 from .cuda_graphs import Graphs
 from .direct import direct
 from .weights import Weights, pack_key
@@ -41,7 +42,8 @@ class Executable:
         place = {id(meaning): index for index, meaning in enumerate(ordered)}
         order = [place[id(meaning)] for meaning in program.inputs]
         self._arrange: Callable[[Sequence[Any]], Any] = itemgetter(*order) if len(order) > 1 else list
-        self.graphs = Graphs(self._arranged, len(self.arguments), graph_bytes) if graph_bytes is not None else None
+        graphs = graph_bytes is not None and not numerics.wanted()
+        self.graphs = Graphs(self._arranged, len(self.arguments), graph_bytes or 0) if graphs else None
 
     def _arranged(self, *values: Any) -> Any:
         return self._run(*self._arrange(values))

@@ -2,7 +2,8 @@
 
 Loggers are those of the standard library, under `regraft`: `regraft.fusions` (each rewrite), `regraft.misses` (what
 nearly was one), `regraft.recompiles` (captures after the first), `regraft.certificate`, `regraft.autotune`,
-`regraft.pages` (the tables of the KV cache, which are checked at every step while it speaks).
+`regraft.pages` (the tables of the KV cache, which are checked at every step while it speaks), `regraft.numerics` (the
+nodes that first make a NaN or an infinity; every node is looked at while it speaks, of models optimized from then on).
 `REGRAFT_LOGS=fusions,misses` lets them speak to stderr, `REGRAFT_LOGS=all` all of them. `REGRAFT_DUMP_DIR` gets one
 readable file a pass, with the diff to the one before.
 """
@@ -20,7 +21,7 @@ from ..compiler.records import PassResult
 from .errors import OptionError, closest
 from .record import SignatureRecord
 
-TOPICS = ("fusions", "misses", "recompiles", "certificate", "autotune", "pages")
+TOPICS = ("fusions", "misses", "recompiles", "certificate", "autotune", "pages", "numerics")
 
 
 def listen(environ: Mapping[str, str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .. import numerics
 from .buckets import batch_bucket, batch_buckets, token_bucket
 from .flat import FlatProgram
 from .graphs import StepGraphs
@@ -55,7 +56,7 @@ class Executor:
         self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
         width = -(-self.max_seq_len // size)
         self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device)
-        self.graphs = StepGraphs(device) if device.type == "cuda" else None
+        self.graphs = StepGraphs(device) if device.type == "cuda" and not numerics.wanted() else None
         self._owners: list[Sequence | None] = [None] * self.state.rows
         self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
         self._sent: list[list[int]] = [[0] * len(counts) for _ in range(self.state.rows)]
