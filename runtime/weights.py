@@ -190,7 +190,7 @@ class Weights:
             release_unused()  # not into what a large activation left
             known = (pack.recipe for pack in self.packs.values())
             packed = {name for recipe in itertools.chain(known, wanted.values()) for name in recipe.sources}
-            by_first = {recipe.sources[0]: key for key, recipe in wanted.items()}
+            by_first = {recipe.sources[0]: key for key, recipe in wanted.items() if recipe.sources}
             for name in self.slots:
                 if name in by_first:
                     self._make(by_first[name], wanted.pop(by_first[name]))
