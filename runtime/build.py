@@ -237,7 +237,7 @@ class Builder:
                 module=self.module,
                 device=self.device,
             )
-            return Executable(made.program, self.weights, graph_bytes(options))
+            return Executable(made.program, self.weights, graph_bytes(options, self.device))
 
         return Guarded(executable, keeping_masks)
 
@@ -282,7 +282,7 @@ class Builder:
             entry.retrace = lambda: compile_it(keep_text=True).passes
             with timed(entry.seconds, "compile"):
                 compiled = compile_it(keep_text=bool(os.environ.get("REGRAFT_DUMP_DIR")))
-                executable = Executable(compiled.program, self.weights, graph_bytes(self.options))
+                executable = Executable(compiled.program, self.weights, graph_bytes(self.options, self.device))
             if self.options.dry_run or verify == "off":
                 return Attempt(executable, compiled.passes, Certificate(True))
             self._pack(executable, entry)

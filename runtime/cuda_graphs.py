@@ -43,25 +43,22 @@ MAX_GRAPHS: Final = 16
 MAX_COPIED_BYTES: Final = 64 << 20
 """Outputs up to here are copied out of the graph; larger ones are lent."""
 MAX_OUTPUT_BYTES: Final = 512 << 20
-"""Outputs above it: the forward runs directly."""
+"""Outputs above it, or above `MEMORY_SHARE` of the device's memory where that is more: the forward runs directly."""
+MEMORY_SHARE: Final = 1 / 128
 MAX_SHAPES: Final = 4096
 """Shapes that are counted, and shapes whose launch plans are kept."""
-MAX_HELD_BYTES: Final = 1 << 30
-"""What the graphs of one program may hold in memory."""
+HELD: Final = 2
+"""What the graphs of one program may hold in memory, in largest outputs."""
 
-BYTES_OF_MODE: Final = {
-    "default": MAX_OUTPUT_BYTES,
-    "max-autotune": MAX_OUTPUT_BYTES,
-    "reduce-overhead": 2 * MAX_OUTPUT_BYTES,
-    "max-autotune-no-cudagraphs": 0,
-}
+FACTOR_OF_MODE: Final = {"default": 1, "max-autotune": 1, "reduce-overhead": 2, "max-autotune-no-cudagraphs": 0}
 
 Shapes = tuple[Any, ...]
 
 
-def graph_bytes(options: Options) -> int:
+def graph_bytes(options: Options, device: torch.device) -> int:
     """The largest outputs, in bytes, with which a forward is run by a CUDA graph; 0: none is."""
-    return BYTES_OF_MODE[options.mode]
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return FACTOR_OF_MODE[options.mode] * max(MAX_OUTPUT_BYTES, int(memory * MEMORY_SHARE))
 
 
 @dataclass(eq=False)
@@ -266,7 +263,7 @@ class Graphs:
         else:
             shared.copying.add(captured)
         self._graphs.setdefault(key, []).append(captured)
-        while len(self) > MAX_GRAPHS or (self.held > MAX_HELD_BYTES and len(self._graphs) > 1):
+        while len(self) > MAX_GRAPHS or (self.held > HELD * self._max_output_bytes and len(self._graphs) > 1):
             oldest, _ = self._graphs.popitem(last=False)
             self._seen.pop(oldest, None)
         return captured

@@ -58,7 +58,7 @@ def optimize(
     Args:
         model: a `torch.nn.Module`, usually a transformers model, with its weights on one device.
         mode: the names of `torch.compile`. "default" runs a forward by a CUDA graph where the GPU would wait for the
-            host and the outputs have at most 512 MiB; "reduce-overhead" up to 1 GiB;
+            host and the outputs have at most 512 MiB or 1/128 of the GPU's memory; "reduce-overhead" up to twice that;
             "max-autotune-no-cudagraphs" never. "max-autotune" is "default": tuning is `python -m regraft tune`.
         rules: instances of `regraft.Rule` and `regraft.GroupRule` of your own, for this model only.
         passes: what to switch, as `{"rope": False}` or `["-rope", "+qkv"]`; all run by default.
