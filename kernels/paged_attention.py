@@ -83,7 +83,8 @@ def write_rows(x: Tensor, pages: Tensor, slots: Tensor, scales: Tensor | None) -
         pages[at] = x.to(pages.dtype)
         return
     largest = 127.0 if pages.dtype == torch.int8 else torch.finfo(pages.dtype).max
-    divisor = x.float().abs().amax(dim=-1) / largest  # [T, Hkv]
+    divisor = x.float().abs().amax(dim=-1)  # [T, Hkv]
+    divisor = divisor / torch.full_like(divisor, largest)  # by a number, CUDA would multiply with its inverse
     scales[at] = divisor
     y = x.float() / torch.where(divisor == 0, 1.0, divisor).unsqueeze(-1)
     if pages.dtype == torch.int8:

@@ -71,6 +71,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             moe_torch,
             moe_triton,
             moe_wgmma,
+            paged_attention_triton,
             qkv_rope_triton,
             qkv_rope_wgmma,
             rms_norm_triton,
@@ -89,6 +90,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             varlen_attention_triton,
             attention_gluon,
             attention_torch,
+            paged_attention_triton,
             activation_triton,
             linear_act_torch,  # what nobody measured is left to the vendor's library
             linear_act_triton,

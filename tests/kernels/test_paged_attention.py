@@ -1,4 +1,4 @@
-"""Attention on pages: the reference against `attention` on contiguous keys."""
+"""Attention on pages: the reference against `attention` on contiguous keys, the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import assert_close, in_dtypes, on_devices, refusal
 from torch import Tensor
 
 from regraft.kernels.attention import attention
+from regraft.kernels.launch import INTERPRETED
 from regraft.kernels.paged_attention import paged_attention
+from regraft.kernels.replay import record
+from regraft.kernels.table import PROVIDERS
 
 NAN = float("nan")
 
@@ -148,3 +152,170 @@ def test_reference_divides_by_a_scale(pages: torch.dtype) -> None:
         x = arguments[name]
         step = 0.5 * scale if pages == torch.int8 else x.abs() / 16 + scale * 2.0**-10
         assert bool(((read - x).abs() <= step * 1.001).all())
+
+
+KERNEL = PROVIDERS["paged_attention"][0] if PROVIDERS else None
+
+
+SCALED = [torch.int8] if INTERPRETED else [torch.int8, torch.float8_e4m3fn]
+"""The interpreter truncates to float8_e4m3fn instead of rounding."""
+
+
+def run_kernel(arguments: dict[str, Any]) -> Tensor:
+    assert KERNEL is not None
+    assert KERNEL.supports(paged_attention.signature(**arguments)) is None
+    result: Tensor = KERNEL.run(**arguments)
+    return result
+
+
+def check(arguments: dict[str, Any], ulps: float = 16.0) -> None:
+    """Result and pages of the kernel against those of the reference; an fp64 run of it is the oracle."""
+    mine, plain, wide = (cloned(arguments) for _ in range(3))
+    for name in ("q", "k", "v", "sinks", "slopes"):
+        if wide.get(name) is not None:
+            wide[name] = wide[name].double()
+    if wide.get("k_scale") is None:
+        wide |= {name: wide[name].double() for name in ("k_pages", "v_pages")}
+    actual, reference = run_kernel(mine), paged_attention.reference(**plain)
+    assert_close(actual, reference, paged_attention.reference(**wide), ulps)
+    for name in ("k_pages", "v_pages"):
+        assert torch.equal(mine[name].float().nan_to_num(7e7), plain[name].float().nan_to_num(7e7))
+    for name in ("k_scale", "v_scale"):
+        if plain.get(name) is not None:
+            assert torch.equal(mine[name].nan_to_num(7e7), plain[name].nan_to_num(7e7))
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("step", STEPS)
+def test_triton(step: str, option: str, dtype: torch.dtype, device: str) -> None:
+    """What lies in pages beside the keys of a sequence is NaN, and so are rows of padding."""
+    named: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
+    made = batch(*STEPS[step], left=named.get("left", -1), padding=2, dtype=dtype, device=device)
+    check({**made.arguments, **named})
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize(("width", "value_width"), [(40, 40), (80, 80), (96, 96), (24, 8), (16, 72), (192, 128)])
+def test_triton_head_dimensions(width: int, value_width: int, dtype: torch.dtype, device: str) -> None:
+    for queries, keys in ([1, 1], [37, 12]), ([9, 20], [9, 33]):
+        check(batch(queries, keys, width=width, value_width=value_width, dtype=dtype, device=device).arguments)
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (10, 2), (14, 2), (8, 1), (20, 1)])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_triton_groups(queries: int, heads: int, kv_heads: int, dtype: torch.dtype, device: str) -> None:
+    made = batch([queries, queries], [45, 6], heads=heads, kv_heads=kv_heads, dtype=dtype, device=device)
+    sinks, slopes = torch.randn(heads, device=device), torch.rand(heads, device=device)
+    check({**made.arguments, "sinks": sinks, "slopes": slopes})
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("page", [1, 16, 12, 64])
+def test_triton_page_sizes(page: int, dtype: torch.dtype, device: str) -> None:
+    check(batch([1, 5, 30], [70, 11, 61], page=page, left=25, dtype=dtype, device=device).arguments)
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("option", OPTIONS)
+def test_triton_divides_long_keys(option: str, dtype: torch.dtype, device: str) -> None:
+    """A table for many more keys than most sequences have: some of the programs that share the keys have none."""
+    named: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
+    if option == "window":
+        named["left"] = 130
+    made = batch([1, 1, 2], [513, 3, 190], left=named.get("left", -1), padding=1, dtype=dtype, device=device)
+    check({**made.arguments, **named})
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("pages", SCALED, ids=str)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_triton_scaled_pages(queries: int, pages: torch.dtype, dtype: torch.dtype, device: str) -> None:
+    """Written in one call and read in the next; the rest of the pages has NaN as its scale."""
+    made = batch([70, 40], [70, 40], value_width=24, dtype=dtype, device=device)
+    arguments = dict(made.arguments)
+    shape = arguments["k_pages"].shape[:3]
+    for name in ("k", "v"):
+        arguments[f"{name}_pages"] = torch.zeros(arguments[f"{name}_pages"].shape, dtype=pages, device=device)
+        arguments[f"{name}_scale"] = torch.full(shape, NAN, device=device)
+    arguments["k"][3, 1] = 0.0
+    check(arguments)
+    run_kernel(arguments)
+    last = [*range(70 - queries, 70), *range(110 - queries, 110)]
+    news = {name: torch.randn_like(arguments[name][last]) for name in ("q", "k", "v")}
+    ends = torch.tensor([0, queries, 2 * queries], dtype=torch.int32, device=device)
+    check({**arguments, **news, "slots": arguments["slots"][last], "cu_seqlens_q": ends, "max_q": queries})
+
+
+@on_devices
+@in_dtypes
+def test_triton_rows_of_a_projection(dtype: torch.dtype, device: str) -> None:
+    """q, k and v as views of one product, some rows of which are not to be written: their keys are in the pages."""
+    made = batch([1, 3], [40, 20], dtype=dtype, device=device)
+    arguments = dict(made.arguments)
+    for name, x in (("k", made.k), ("v", made.v)):
+        arguments[f"{name}_pages"].flatten(0, 1)[arguments["slots"][:1]] = x[0][-1]
+    joined = torch.cat([arguments[n].flatten(1) for n in ("q", "k", "v")], dim=-1)
+    q, k, v = joined.split((64, 32, 32), dim=-1)
+    arguments |= {"q": q.unflatten(1, (4, 16)), "k": k.unflatten(1, (2, 16)), "v": v.unflatten(1, (2, 16))}
+    arguments["slots"] = torch.tensor([-1, *arguments["slots"][1:].tolist()], device=device)
+    arguments["k"][0], arguments["v"][0] = NAN, NAN
+    check(arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 5, 300])
+def test_one_graph_and_one_plan_serve_all_lengths(queries: int) -> None:
+    """The launch is the same for all lengths: what was recorded for one gives the result of another."""
+    made = batch([queries] * 3, [900, 300, 700], width=64, value_width=64, dtype=torch.bfloat16, device="cuda")
+    assert KERNEL is not None
+    static = cloned(made.arguments)
+    ordered = [static.get(a.name, a.default_value) for a in paged_attention.overload._schema.arguments]
+    _, plan = record(KERNEL.run, tuple(ordered))
+    assert plan is not None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = KERNEL.run(*ordered)
+    other = batch(
+        [queries, 0, queries], [queries, 0, 850], width=64, value_width=64, dtype=torch.bfloat16, device="cuda"
+    )
+    for name in ("q", "k", "v", "slots"):
+        static[name].copy_(torch.zeros_like(static[name]) - 1)
+        static[name][: 2 * queries].copy_(other.arguments[name])
+    static["cu_seqlens_q"].copy_(other.arguments["cu_seqlens_q"])
+    static["lengths"].copy_(other.arguments["lengths"])
+    static["block_table"].fill_(-1)
+    table = other.arguments["block_table"]
+    static["block_table"][:, : table.shape[1]] = table
+    for name in ("k_pages", "v_pages"):
+        static[name][: len(other.arguments[name])] = other.arguments[name]
+    plain = cloned(static)
+    graph.replay()
+    expected = paged_attention.reference(**plain)
+    exact = paged_attention.reference(
+        **{n: t.double() if n in ("q", "k", "v") else t for n, t in cloned(static).items()}
+    )
+    assert_close(y, expected, exact)
+    assert torch.equal(plan(ordered), y)
+    assert bool((y[2 * queries :] == 0).all())
+
+
+@on_devices
+def test_triton_refuses(device: str) -> None:
+    arguments = batch([1], [9], dtype=torch.float32, device=device).arguments
+    assert "not torch.int32" in refusal(paged_attention, **{**arguments, "lengths": arguments["lengths"].long()})
+    assert "not torch.int64" in refusal(paged_attention, **{**arguments, "slots": arguments["slots"].int()})
+    assert "heads" in refusal(paged_attention, **{**arguments, "q": arguments["q"][:, :3]})
+    assert "do not fit" in refusal(paged_attention, **{**arguments, "k": arguments["k"][:, :1]})
+    pages = {name: arguments[name].nan_to_num().to(torch.int8) for name in ("k_pages", "v_pages")}
+    assert "need scales" in refusal(paged_attention, **{**arguments, **pages})
+    strided = {name: arguments[name].transpose(2, 3).contiguous().transpose(2, 3) for name in ("k_pages", "v_pages")}
+    with pytest.raises(ValueError, match="contiguous"):
+        run_kernel({**arguments, **strided})

@@ -1,0 +1,268 @@
+"""Launches the kernels of `paged_attention`: what shares a tile, and into how many parts the keys are divided."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from . import paged_attention as ops
+from .attention_triton import MAX_HEAD_DIM, AttentionMemory, _multiprocessors
+from .launch import (
+    ALIGNMENT,
+    INTERPRETED,
+    TL_DTYPES,
+    compute_capability,
+    empty,
+    launch,
+    library,
+    on_device,
+    refuse_mixed,
+    refuse_tensors,
+    refuse_vector,
+)
+from .op import Kernel, Signature
+from .paged_attention_kernel import combine_kernel, paged_kernel, write_kernel
+from .skinny_triton import overlaps
+from .tuning import MANY, choose, refuse_memory
+
+KEYS_PER_SPLIT: Final = 128
+MAX_SPLITS: Final = 64
+
+
+def _plan(d: int, dv: int, itemsize: int, page_bytes: int, rows: int) -> tuple[dict[str, int], AttentionMemory]:
+    """The features by which a configuration is chosen, and its need of shared memory.
+
+    `rows`: queries of a sequence times the heads that read one kv head.
+    """
+    blocks = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
+    features = {"D": max(blocks), "bytes": itemsize, "page_bytes": page_bytes, "rows": rows}
+    return features, AttentionMemory(*blocks, itemsize, 0)
+
+
+def splits_of(programs: int, keys: int, device: torch.device) -> int:
+    """Into how many parts the keys are divided, at most `keys` of a sequence, so that every multiprocessor is busy."""
+    wanted = 2 * _multiprocessors(device) // max(programs, 1)
+    return max(1, min(wanted, keys // KEYS_PER_SPLIT, MAX_SPLITS))
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    cu_seqlens_q: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    max_q: int,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    scale: float = 1.0,
+    left: int = -1,
+    softcap: float = 0.0,
+) -> Tensor:
+    """As the op `paged_attention`. Raises ValueError for pages whose rows are not contiguous."""
+    tokens, heads, d = q.shape
+    kv_heads, dv = v.shape[1:]
+    sequences = lengths.shape[0]
+    o = empty((tokens, heads, dv), v.dtype, v.device)
+    if 0 in (o.numel(), max_q, sequences):
+        return o.zero_()
+    if k_pages.stride(-1) != 1 or v_pages.stride(-1) != 1:
+        raise ValueError("the rows of the pages are not contiguous")
+    scale_steps = tuple((0, 0, 0) if t is None else t.stride() for t in (k_scale, v_scale))
+    if (k_scale is None) != (v_scale is None) or scale_steps[0] != scale_steps[1]:
+        raise ValueError("k_scale and v_scale do not belong together")
+    q, k, v = (_dense(t) for t in (q, k, v))
+    sinks, slopes = (None if t is None else _dense(t) for t in (sinks, slopes))
+    align = _unit(q, k, v)
+    group, page = heads // kv_heads, k_pages.shape[1]
+    rows = max_q * group
+    config = choose("paged_attention", *_plan(d, dv, q.element_size(), k_pages.element_size(), rows), q.device)
+    fused = k_scale is None and k_pages.dtype == k.dtype == v_pages.dtype and rows <= config["BLOCK_M"]
+    blocks = triton.cdiv(rows, config["BLOCK_M"])
+    programs = sequences * kv_heads * blocks
+    keys = block_table.shape[1] * page
+    splits = splits_of(programs, keys if left < 0 else min(keys, left + max_q), q.device)
+    out, state = o, o
+    if splits > 1:
+        out = empty((tokens, heads, splits, dv), torch.float32, q.device)
+        state = empty((2, tokens, heads, splits), torch.float32, q.device)
+    into = (*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_steps[0])
+    shape: dict[str, Any] = {"PAGE": page, "D": d, "DV": dv, "ALIGN": align, "SCALED": k_scale is not None}
+    shape |= {"BLOCK_D": max(16, triton.next_power_of_2(d)), "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
+    same: dict[str, Any] = {"HAS_LEFT": left >= 0, "HAS_SINKS": sinks is not None, "HAS_SLOPES": slopes is not None}
+    same |= {"PRECISE": v.dtype == torch.float32, "R": group, **overlaps(q)}
+    with on_device(q):
+        if not fused:
+            block_t = 4 if tokens < 512 else 16
+            launch(
+                write_kernel,
+                (triton.cdiv(tokens, block_t), kv_heads),
+                k,
+                v,
+                k_pages,
+                v_pages,
+                slots,
+                q if k_scale is None else k_scale,
+                q if v_scale is None else v_scale,
+                tokens,
+                k.stride(0) // align,
+                k.stride(1),
+                v.stride(0) // align,
+                v.stride(1),
+                *into,
+                LARGEST=127.0 if k_pages.dtype == torch.int8 else 448.0,
+                INTEGER=k_pages.dtype == torch.int8,
+                BLOCK_T=block_t,
+                num_warps=4,
+                **shape,
+                **overlaps(q),
+            )
+        launch(
+            paged_kernel,
+            (programs, splits),
+            q,
+            k,
+            v,
+            k_pages,
+            v_pages,
+            slots,
+            cu_seqlens_q,
+            lengths,
+            block_table,
+            q if sinks is None else sinks,
+            q if slopes is None else slopes,
+            q if k_scale is None else k_scale,
+            q if v_scale is None else v_scale,
+            out,
+            state,
+            tokens,
+            sequences,
+            blocks,
+            splits,
+            kv_heads,
+            q.stride(0) // align,
+            q.stride(1),
+            k.stride(0) // align,
+            k.stride(1),
+            v.stride(0) // align,
+            v.stride(1),
+            *into,
+            block_table.stride(0),
+            float(scale),
+            float(softcap),
+            left,
+            HAS_SOFTCAP=softcap != 0.0,
+            FUSED=fused,
+            SPLIT=splits > 1,
+            STAGES=config.num_stages,
+            **shape,
+            **same,
+            **config.launch,
+        )
+        if splits > 1:
+            launch(
+                combine_kernel,
+                (sequences * heads, max_q),
+                out,
+                state,
+                cu_seqlens_q,
+                lengths,
+                q if sinks is None else sinks,
+                q if slopes is None else slopes,
+                o,
+                tokens,
+                sequences,
+                splits,
+                heads,
+                left,
+                DV=dv,
+                BLOCK_DV=shape["BLOCK_DV"],
+                BLOCK_M=config["BLOCK_M"],
+                BLOCK_N=config["BLOCK_N"],
+                BLOCK_S=triton.next_power_of_2(splits),
+                num_warps=4,
+                **same,
+            )
+    return o
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With contiguous rows: nearly always x itself."""
+    return x if x.stride(-1) == 1 else library(torch.Tensor.contiguous, x)
+
+
+def _unit(*tensors: Tensor) -> int:
+    """How many elements divide all steps from token to token and from head to head, and where rows begin."""
+    elements = ALIGNMENT // tensors[0].element_size()
+    steps = (s for t in tensors for s in (*t.stride()[:-1], t.data_ptr() // t.element_size()))
+    return elements if all(s % elements == 0 for s in steps) else 1
+
+
+def _supports(signature: Signature) -> str | None:
+    integers = ("slots", "cu_seqlens_q", "lengths", "block_table")
+    others = (*integers, "k_pages", "v_pages", "k_scale", "v_scale")
+    return (
+        refuse_tensors(signature, ("q", "k", "v", "sinks", "slopes"), others)
+        or refuse_mixed(signature, ("q", "k", "v"))
+        or _refuse_indices(signature, integers)
+        or _refuse_sizes(signature)
+        or _refuse_pages(signature)
+        or _refuse_memory(signature)
+    )
+
+
+def _refuse_indices(signature: Signature, names: tuple[str, ...]) -> str | None:
+    for name, rank in zip(names, (1, 1, 1, 2), strict=True):
+        spec, wanted = signature[name], torch.int64 if name == "slots" else torch.int32
+        if spec.dtype != wanted or len(spec.shape) != rank:
+            return f"{name} is {spec.dtype} with {len(spec.shape)} dimensions, not {wanted} with {rank}"
+    return None
+
+
+def _refuse_sizes(signature: Signature) -> str | None:
+    q, k, v, k_pages, v_pages = (signature[name].shape for name in ("q", "k", "v", "k_pages", "v_pages"))
+    if [len(s) for s in (q, k, v, k_pages, v_pages)] != [3, 3, 3, 4, 4]:
+        return f"q {list(q)}, k {list(k)}, v {list(v)}, pages {list(k_pages)}, {list(v_pages)}: 3 and 4 dimensions"
+    if None in (*q[1:], *k[1:], *v[1:], *k_pages[1:], *v_pages[1:]):
+        return "heads, their dimensions or the size of a page are not known"
+    if k_pages[1] != v_pages[1] or k_pages[2:] != k[1:] or v_pages[2:] != v[1:]:
+        return f"k {list(k)} and v {list(v)} do not fit pages {list(k_pages)} and {list(v_pages)}"
+    if q[1] % k[1] or k[1] != v[1] or q[2] != k[2]:
+        return f"{q[1]} heads of {q[2]} on {k[1]} key heads of {k[2]} and {v[1]} value heads"
+    for width in (q[2], v[2]):
+        if not 0 < width <= MAX_HEAD_DIM:
+            return f"a head dimension is {width}; this kernel takes 1 to {MAX_HEAD_DIM}"
+    return refuse_vector(signature, "sinks", q[1]) or refuse_vector(signature, "slopes", q[1])
+
+
+def _refuse_pages(signature: Signature) -> str | None:
+    pages, scales = [signature[n] for n in ("k_pages", "v_pages")], [signature[n] for n in ("k_scale", "v_scale")]
+    if pages[0].dtype != pages[1].dtype:
+        return f"pages of keys are {pages[0].dtype}, of values {pages[1].dtype}"
+    if pages[0].dtype not in ops.PAGE_DTYPES:
+        known = pages[0].dtype in TL_DTYPES and not (INTERPRETED and pages[0].dtype == torch.bfloat16)
+        return None if known and scales == [None, None] else f"pages are {pages[0].dtype}"
+    if any(s is None or s.dtype != torch.float32 or len(s.shape) != 3 for s in scales):
+        return f"pages of {pages[0].dtype} need scales of float32 with three dimensions"
+    if pages[0].dtype == torch.float8_e4m3fn and INTERPRETED:
+        return "pages are float8_e4m3fn, to which Triton's interpreter truncates instead of rounding"
+    if pages[0].dtype == torch.float8_e4m3fn and compute_capability(pages[0].device) < (8, 9):
+        return "float8_e4m3fn needs compute capability 8.9"
+    return None
+
+
+def _refuse_memory(signature: Signature) -> str | None:
+    q, k_pages, v = (signature[name] for name in ("q", "k_pages", "v"))
+    plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY)
+    return refuse_memory("paged_attention", *plan, q.device)
+
+
+KERNELS: Final = (Kernel(ops.paged_attention, "triton", paged_attention, _supports),)
