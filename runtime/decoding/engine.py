@@ -52,6 +52,7 @@ class Engine:
         device: where its weights are.
         limits: memory and sizes.
         model_length: the longest sequence that the model is made for, where its program sets no bound.
+        verbose: whether captures of CUDA graphs are announced.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Engine:
         device: torch.device | str,
         limits: Limits | None = None,
         model_length: int | None = None,
+        verbose: bool = True,
     ) -> None:
         self.limits = limits if limits is not None else Limits()
-        self.executor = Executor(flat, self.limits, torch.device(device), model_length)
+        self.executor = Executor(flat, self.limits, torch.device(device), model_length, verbose)
         self._lock = threading.RLock()
         self._running: Call | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -24,6 +24,8 @@ from .sequences import Sequence
 from .state import RING, DecodeState
 from .tables import PageTables
 
+MAX_PREFILLS: Final = 24
+"""CUDA graphs of mixed steps."""
 SHORT: Final = 512
 """Tokens of a mixed step that is rounded up to a bucket and, when it comes again, run by a CUDA graph."""
 UNBOUNDED: Final = 1 << 30
@@ -37,10 +39,16 @@ class Executor:
 
     Args:
         model_length: the longest sequence that the model is made for; None: not known.
+        verbose: whether captures of CUDA graphs are announced.
     """
 
     def __init__(
-        self, flat: FlatProgram, limits: Limits, device: torch.device, model_length: int | None = None
+        self,
+        flat: FlatProgram,
+        limits: Limits,
+        device: torch.device,
+        model_length: int | None = None,
+        verbose: bool = True,
     ) -> None:
         self.flat, self.limits, self.device = flat, limits, device
         lengths = [n for n in (limits.max_seq_len, flat.max_positions) if n is not None]
@@ -56,7 +64,8 @@ class Executor:
         self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
         width = -(-self.max_seq_len // size)
         self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device)
-        self.graphs = StepGraphs(device) if device.type == "cuda" and not numerics.wanted() else None
+        with_graphs = device.type == "cuda" and not numerics.wanted()
+        self.graphs = StepGraphs(device, verbose) if with_graphs else None
         self._owners: list[Sequence | None] = [None] * self.state.rows
         self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
         self._sent: list[list[int]] = [[0] * len(counts) for _ in range(self.state.rows)]
@@ -177,7 +186,7 @@ class Executor:
         seen = self._prefills.get(place, 0)
         if isinstance(seen, int):
             self._prefills[place] = seen + 1
-            if seen < 2:
+            if seen < 2 or sum(isinstance(s, Tensor) for s in self._prefills.values()) >= MAX_PREFILLS:
                 return None
             self._prefills[place] = seen = torch.zeros_like(host, device=self.device)
         words = seen

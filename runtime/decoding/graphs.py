@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
@@ -10,8 +9,6 @@ from typing import Any, Final
 import torch
 
 from ..cuda_graphs import capture_alone
-
-log = logging.getLogger("regraft")
 
 MAX_GRAPHS: Final = 64
 """Graphs of one executor; the one that was made first goes when there are more."""
@@ -22,8 +19,8 @@ WARM: Final = 2
 class StepGraphs:
     """Graphs by key. What a function computes stays in the graph's memory until any of them runs again."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, verbose: bool = True) -> None:
+        self.device, self._verbose = device, verbose
         self.held = 0
         """Bytes that the graphs hold."""
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -70,11 +67,13 @@ class StepGraphs:
             self.held += max(0, torch.cuda.memory_reserved(self.device) - before)
         self._seconds = time.perf_counter() - started
 
-    def announce(self, sizes: Sequence[int], tokens_bytes: int) -> None:
-        """Say what a warm-up is about to do."""
-        seconds = (self._seconds or 1.0) * len(sizes)
-        print(
-            f"regraft: capturing {len(sizes)} CUDA graphs of decoding (batches of {', '.join(map(str, sizes))}): "
-            f"about {seconds:.0f} s and {max(1, tokens_bytes >> 20)} MiB",
-            flush=True,
-        )
+    def announce(self, sizes: Sequence[int], bytes_each: int) -> None:
+        """Say what a warm-up is about to do: graphs of these batches, with their seconds and memory as estimated."""
+        if self._verbose:
+            seconds = (self._seconds or 1.0) * len(sizes)
+            batches = f"batch{'es' if len(sizes) > 1 else ''} of {', '.join(map(str, sizes))}"
+            print(
+                f"regraft: capturing {len(sizes)} CUDA graph{'s' if len(sizes) > 1 else ''} of decoding ({batches}): "
+                f"about {seconds:.0f} s and {max(1, bytes_each >> 20)} MiB",
+                flush=True,
+            )
