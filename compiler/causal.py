@@ -148,12 +148,21 @@ class _Look:
             off = (rest - rest.diagonal(dim1=1, dim2=2).unsqueeze(-1)).masked_fill(~seen, 0.0).abs().max()
             if float(off) > 1e-6 * (1 + float(slopes.abs().max()) * len(seen)):
                 raise CacheError(f"the bias of {self.place} is not a slope of the distance (ALiBi)")
-        return Reach(left, slopes.float() if bool((slopes != 0).any()) else None)
+        if not bool((slopes != 0).any()):
+            return Reach(left)
+        _, plain = self._at(piece, 2, 0, None)  # as the model rounds them
+        assert plain is not None
+        rounded = (plain[:, 1, 1] - plain[:, 1, 0]).double()
+        if float((rounded - slopes).abs().max()) > 0.01 * float(slopes.abs().max()):
+            raise CacheError(f"the bias of {self.place} is rounded too much to be a slope")
+        return Reach(left, rounded.float())
 
-    def _at(self, piece: Slice, length: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    def _at(
+        self, piece: Slice, length: int, seed: int, target: torch.dtype | None = torch.float64
+    ) -> tuple[Tensor, Tensor | None]:
         """Visible `[n, n]` and, where there is a bias, what it adds `[H, n, n]`, for one sequence of n tokens."""
         visible = _window(length, self.left, self.right)
-        found = piece(one_sequence(self.program, length, seed), torch.float64) if self.names else ()
+        found = piece(one_sequence(self.program, length, seed), target) if self.names else ()
         bias: Tensor | None = None
         for name, lowest, value in zip(self.names, self.lowest, found, strict=True):
             value = value.cpu()

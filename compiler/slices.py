@@ -110,6 +110,8 @@ class Slice:
 
 
 def _state(made: Input, model: nn.Module | None) -> Tensor:
+    if made.kind in (InputKind.STEP, InputKind.PAGES):
+        raise SliceError(f"it reads {made.target}")
     if made.value is not None:
         tensor = made.value
     elif model is not None and made.kind in (InputKind.PARAMETER, InputKind.BUFFER):

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from ..compiler.apart import apart_until
 from ..compiler.causal import CacheError, Causal, Reach
-from ..compiler.opset import BY_TARGET, RESHAPES, arguments
+from ..compiler.opset import OPS, RESHAPES, arguments
 from ..compiler.pipeline import Context
 from ..compiler.positions import positions_allowed
 from ..compiler.program import Input, InputKind, LayerSpec, Program
@@ -245,18 +245,19 @@ def _place_of_logits(program: Program, outputs: int) -> int:
     return found
 
 
-_BY_ROW = frozenset(["linear", "mul", "div", "add", "sub", "tanh", "cast"])
+_LINEAR = frozenset([aten.linear.default, torch.ops.regraft.linear_act.default])
+_BY_ROW = _LINEAR | {torch.ops.regraft.activation.default}
+_BY_ROW |= frozenset(t for name in ("mul", "div", "add", "sub", "tanh", "cast") for t in OPS[name].targets)
 
 
 def _head(logits: fx.Node) -> fx.Node:
     """What the last linear layer reads, where only operations row by row follow it; else the logits."""
     node = logits
     while node.op == "call_function":
-        spec = BY_TARGET.get(node.target)
-        linear = spec is not None and spec.name == "linear"
         sources = [i for i in node.all_input_nodes if not i.meta.get("weight")]
-        if (spec is None or spec.name not in _BY_ROW) or len(sources) != 1 or len(node.users) != 1:
+        if node.target not in _BY_ROW or len(sources) != 1 or len(node.users) != 1:
             return logits
+        linear = node.target in _LINEAR
         node = sources[0]
         if linear:
             return node if node.meta["val"].dim() == 3 and len(node.users) == 1 else logits

@@ -20,7 +20,7 @@ from ...compiler.program import InputKind, LayerSpec, Program
 from ...passes.cache import EXAMPLE, ROWS
 from ..build import Builder, Unserved, evaluating
 from ..dispatch import Dispatch
-from .flat_check import Checked, check
+from .flat_check import Checked, check, check_beyond
 from .program import FlatProgram, Step
 
 __all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
@@ -32,16 +32,17 @@ def flat_program(model: nn.Module) -> FlatProgram | Unserved:
     """The flat program of an optimized model; the first call makes it, later ones see that it is still right.
 
     Call it before each use: after the weights changed it brings packed ones up to date (`FlatProgram.version` is
-    another number then), and after they took another form it makes another program. Raises ValueError where the model
-    is not optimized.
+    another number then), and after they took another form it makes another program. A model that no graph may serve
+    just now, such as one in training mode, is Unserved for as long. Raises ValueError where it is not optimized.
     """
     dispatch = model.__dict__.get("forward")
     if not isinstance(dispatch, Dispatch):
         raise ValueError(f"this {type(model).__name__} is not optimized; call regraft.optimize(model) first")
-    return dispatch.once("flat", _make)
+    reason = dispatch.unservable()
+    return Unserved(reason) if reason is not None else dispatch.once("flat", make)
 
 
-def _make(builder: Builder) -> FlatProgram | Unserved:
+def make(builder: Builder) -> FlatProgram | Unserved:
     started = time.perf_counter()
     record = builder.record
     try:
@@ -52,6 +53,7 @@ def _make(builder: Builder) -> FlatProgram | Unserved:
         record.generate = {"paged": False, "reason": reason}
         log.info("%s is not generated from pages: %s", record.model, reason)
         return Unserved(reason)
+    flat.unbind()
     record.generate = {
         "paged": True,
         "layers": len(flat.layers),
@@ -86,16 +88,27 @@ def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
     made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
     output = next(n for n in made.graph.nodes if n.op == "output")
     vocab = int(output.args[0][0].meta["val"].shape[-1])
+    end = _end_of(program)
+    made.longest = min((x for x in (made.longest, end) if x is not None), default=None)
     flat = FlatProgram(made, weights, vocab)
     before = [p.recipe for p in weights.packs.values()]
     weights.pack(flat.recipes)
     try:
         checked = check(flat, program, builder)
+        if end is not None:
+            check_beyond(flat, builder, end[0], checked.bound)
     except CacheError:
         weights.keep(before)
         raise
     builder.paged = flat.recipes
     return flat, checked
+
+
+def _end_of(program: Program) -> tuple[int, str] | None:
+    """How long a sequence may be for the captured code, and why: a table of masks or positions ends there."""
+    symbol = program.limits.tensors["input_ids"].shape[-1]
+    high = program.limits.ranges.get(str(symbol), (1, None))[1]
+    return None if high is None else (high, program.limits.reasons.get(str(symbol), "the model's code ends there"))
 
 
 def _captured(builder: Builder) -> Program:
@@ -125,8 +138,8 @@ def _captured(builder: Builder) -> Program:
     for name, guard in program.limits.tensors.items():
         if isinstance(guard.shape[-1], int):
             raise CacheError(f"its code fixes the number of tokens: {name} is {list(guard.shape)}")
-        low, high = program.limits.ranges.get(guard.shape[-1], (1, None))
-        if low > 1 or high is not None:
-            raise CacheError(f"{name} may only have {low} to {high} tokens in all")
+        low, _ = program.limits.ranges.get(guard.shape[-1], (1, None))
+        if low > 1:
+            raise CacheError(f"{name} has at least {low} tokens")
     program.example = tensors
     return program

@@ -114,6 +114,11 @@ class FlatProgram:
         self._pages = [given.get(name) for name in self._paged]
         self._forget()
 
+    def unbind(self) -> None:
+        """Hold no pages any more."""
+        self._pages = None
+        self._forget()
+
     @torch.no_grad()
     def __call__(self, step: Step) -> Tensor:
         """Write the keys and values of the tokens into the pages, and return logits `[R, V]`.
