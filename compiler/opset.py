@@ -77,7 +77,9 @@ _SPECS = (
     _spec("baddbmm", aten.baddbmm.default),
     _spec("addmm", aten.addmm.default),
     _spec("linear", aten.linear.default),
-    _spec("conv", aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    _spec(
+        "conv", *(overload for op in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (op.default, op.padding))
+    ),
     _spec("softmax", aten.softmax.int, aten._softmax.default),
     _spec("sdpa", aten.scaled_dot_product_attention.default),
     _spec("layer_norm", aten.layer_norm.default),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx, nn
 
-from .cost import subgraph_us
+from .cost import rewriting_us
 from .device import device_for
 from .program import Input, InputKind, Program
 from .records import PassResult
@@ -131,7 +131,7 @@ def costing(program: Program, device: torch.device) -> Costing:
     def times(node: fx.Node) -> tuple[float, ...]:
         key = (node.target, described(node), described(node.args), described(node.kwargs))
         if key not in known:
-            known[key] = tuple(subgraph_us([node], target, h) for h in hints)
+            known[key] = tuple(rewriting_us(node, target, h) for h in hints)
         return known[key]
 
     def cost(nodes: Sequence[fx.Node]) -> tuple[float, ...]:

@@ -48,12 +48,12 @@ class Patches(Rule):
         for i, (size, count, k) in enumerate(zip(sizes, counts, kernel, strict=True)):
             if count * k < size:
                 x = g.slice(x, 2 + i, 0, count * k)
-        split = [n for pair in zip(counts, kernel, strict=True) for n in pair]
-        x = g.reshape(x, [-1, channels, *split])
+        for i, pair in enumerate(zip(counts, kernel, strict=True)):
+            x = g.unflatten(x, 2 + 2 * i, list(pair))
         x = g.permute(x, [0, *range(2, 2 + 2 * rank, 2), 1, *range(3, 3 + 2 * rank, 2)])
         rows = g.reshape(x, [-1, math.prod(counts), channels * math.prod(kernel)])
         y = g.linear(rows, g.reshape(m.w, [out, -1]), m.bias)  # [B, patches, out]
-        return g.reshape(g.transpose(y, 1, 2), [-1, out, *counts])
+        return g.unflatten(g.transpose(y, 1, 2), 2, counts)
 
 
 def _sizes(m: Match) -> tuple[list[int], list[Any]]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 from small_graphs import Small, aten
 
+from regraft.compiler.capture import capture
+from regraft.compiler.pipeline import Settings
 from regraft.compiler.rule import Stage
 from regraft.passes.patches import Patches
+from regraft.passes.pipeline import compile_program
 
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
@@ -48,6 +52,23 @@ def test_one_stride_for_all_dimensions() -> None:
     before = small.run()[0]
     assert len(small.apply(Patches(), stage=Stage.FUSE).rewrites) == 1
     assert torch.allclose(small.run()[0], before, rtol=1e-12, atol=1e-12)
+
+
+def test_padding_by_name_and_a_rest() -> None:
+    small = Small()
+    x, w = small.input("x", torch.randn(3, 4, 7, 9)), small.weight("w", torch.randn(6, 4, 2, 2))
+    y = small.call(aten.conv2d.padding, x, w, None, [2, 2], "valid")
+    same = small.call(aten.conv2d.padding, x, small.weight("v", torch.randn(6, 4, 3, 3)), None, [1, 1], "same")
+    small.program(small.call(aten.flatten.using_ints, y, 2), small.call(aten.flatten.using_ints, same, 2))
+    before = small.run()
+    assert len(small.apply(Patches(), stage=Stage.FUSE).rewrites) == 1
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(small.run(), before, strict=True))
+
+
+def test_the_rewrite_is_chosen_in_a_model() -> None:
+    model, inputs = zoo.build("vit")
+    compiled = compile_program(capture(model, inputs, {}, cache=False), Settings(torch.device("cpu"), verify="off"))
+    assert next(len(p.rewrites) for p in compiled.passes if p.name == "patches") == 1
 
 
 @pytest.mark.parametrize(
