@@ -1,19 +1,19 @@
 """The public form of a rewrite: `Rule` for subgraphs, `GroupRule` for siblings, `Reject` for a refusal with its reason.
 
-    class Swish2(Rule):
-        \"\"\"x * sigmoid(x) -> silu(x)\"\"\"
+class Swish2(Rule):
+    \"\"\"x * sigmoid(x) -> silu(x)\"\"\"
 
-        def pattern(self, p, x):                     # what to look for; called once with a builder
-            return p.mul(x, p.sigmoid(x))
+    def pattern(self, p, x):                     # what to look for; called once with a builder
+        return p.mul(x, p.sigmoid(x))
 
-        def check(self, m):                          # None, or why not
-            if m.dtype(m.x) == torch.float64:
-                return Reject("float64 stays as it is", m.x)
+    def check(self, m):                          # None, or why not
+        if m.dtype(m.x) == torch.float64:
+            return Reject("float64 stays as it is", m.x)
 
-        def emit(self, m, g):                        # what to put there
-            return g.silu(m.x)
+    def emit(self, m, g):                        # what to put there
+        return g.silu(m.x)
 
-    model = regraft.optimize(model, rules=[Swish2()])
+model = regraft.optimize(model, rules=[Swish2()])
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ _PREFERRED = {
     "matmul": torch.ops.aten.matmul.default,
     "where": torch.ops.aten.where.self,
     "alias": torch.ops.aten.alias.default,
+    "conv": torch.ops.aten.conv2d.default,
 }
 
 

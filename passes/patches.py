@@ -36,7 +36,7 @@ class Patches(Rule):
             return Reject("no batch of images", m.x)
         if not all(isinstance(s, int) and s >= k for s, k in zip(sizes, kernel, strict=True)):
             return Reject(f"images of {sizes} are not cut when the program is made", m.x)
-        if not all(role_of(user) is Role.VIEW for user in m.anchor.users):
+        if any(user.op != "output" and role_of(user) is not Role.VIEW for user in m.anchor.users):
             return Reject("the patches are read as an image", m.anchor)
         return None
 

@@ -93,6 +93,12 @@ def norm_rope(draw: int) -> dict[str, Any]:
     return {"x": value, "weight": weight(width), **given, **heads, **tables(draw, width)}
 
 
+def patches(draw: int) -> dict[str, Any]:
+    kernel = [2, 3 + draw]
+    given = {"bias": weight(6) if draw % 2 else None, "stride": kernel}
+    return {"x": torch.randn(3, 4, 7 + draw, 12 + draw), "w": weight(6, 4, *kernel), **given}
+
+
 def attention(draw: int) -> dict[str, Any]:
     batch, heads, queries, keys, width = 2, 3, 4 + draw, 7 + draw, 5 + 2 * draw
     q, k, v = (torch.randn(batch, heads, n, width) for n in (queries, keys, keys))
@@ -258,6 +264,8 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "gate_up": gate_up,
     "packed_gate_up": packed_gate_up,
     "linear_act": linear_act,
+    "patches": patches,
+    "softcap": lambda d: {"x": 20 * x(d, 7), "cap": 5.0 + d},
     "add_rms_norm": add_rms_norm,
     "add_layer_norm": add_layer_norm,
 }
