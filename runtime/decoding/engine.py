@@ -64,7 +64,8 @@ class Engine:
         verbose: bool = True,
     ) -> None:
         self.limits = limits if limits is not None else Limits()
-        self.executor = Executor(flat, self.limits, torch.device(device), model_length, verbose)
+        with torch.inference_mode(False):  # what is made here is written to in later calls
+            self.executor = Executor(flat, self.limits, torch.device(device), model_length, verbose)
         self._lock = threading.RLock()
         self._running: Call | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -86,27 +87,28 @@ class Engine:
         requests: Iterable[Request],
         epilogue: Epilogue,
         on_token: Callable[[int, int], None] | None = None,
-        burst: int = 8,
+        burst: int | None = None,
     ) -> list[list[int]]:
         """Continue all requests, as many at once as there is room for; returns the new tokens of each, in order.
 
         Args:
             epilogue: chooses the tokens. Give the same one in later calls, so that its CUDA graphs serve again.
             on_token: called with the number of the request and each of its tokens, as they arrive.
-            burst: decoding steps between two looks at the tokens, up to 16.
+            burst: decoding steps between two looks at the tokens, up to 16; None: 8, or 2 for who listens.
 
         Raises:
             InputError: a request could never run, however long it waited; nothing was run.
             RegraftError: called from `on_token` of a call of this engine.
         """
         given = list(requests)
+        steps = min(burst, 16) if burst is not None else 8 if on_token is None else 2
         with self.turn():
             self._look_at_weights()
             tables = self.executor.tables
             batch = self.limits.max_batch_size
             budget, sharing = self.limits.token_budget, self.limits.prefix_sharing
             scheduler = Scheduler(tables, batch, self.executor.max_seq_len, budget, sharing)
-            call = self._running = Call(scheduler, self.executor, epilogue, min(burst, 16))
+            call = self._running = Call(scheduler, self.executor, epilogue, steps)
             sequences: list[Sequence] = []
             try:
                 sequences += [call.add(request) for request in given]
@@ -189,7 +191,7 @@ class Engine:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Nobody else uses the engine meanwhile; what comes later on another stream comes later on the device too."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _on(self.executor.device):
             if self._running is not None:
                 raise RegraftError("the engine was used from within on_token of one of its calls")
             if self._last is not None:
@@ -224,7 +226,7 @@ class Engine:
         tables = self.executor.tables
         held = sum(p.used * b for p, b in zip(tables.pools, self.executor.block_bytes))
         checked = log.isEnabledFor(logging.INFO)
-        if not checked and held <= self._peak_bytes + (self._peak_bytes >> 6):
+        if not checked and held <= self._peak_bytes + (self._peak_bytes >> 5):
             return
         sequences = [s for session in list(self._sessions) for s in session.sequences]
         running = call if call is not None else self._running
@@ -235,3 +237,8 @@ class Engine:
         if checked:
             tables.check(sequences)
             log.info("%s pages held by %d sequences", "+".join(str(p.used) for p in tables.pools), len(sequences))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While this device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

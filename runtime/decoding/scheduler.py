@@ -239,7 +239,10 @@ class Scheduler:
         for group, pool in enumerate(tables.pools):
             peak = tables.peak(group, len(sequence.tokens) + 1, self.token_budget)
             first = tables.peak(group, matched * tables.block_size, 0) if matched else 0
-            if max(peak - first, 1) + held[group] + len(self.running) > pool.available:
+            owed = (
+                sum(tables.missing(s, len(s.tokens))[group] for s in self.running) if tables.windows[group] < 0 else 0
+            )
+            if max(peak - first, 1) + held[group] + owed + len(self.running) > pool.available:
                 return False
         return not (self.sharing and self._worth_waiting(sequence, matched))
 
