@@ -15,7 +15,8 @@ from ..kernels import tuning
 from .announce import announcement
 from .build import Stages, Unserved, evaluating
 from .checks import check_inputs, check_model, device_of, dtype_of, weight_bytes
-from .decoding import install as decoding
+from .decoding import install as plug_in
+from .decoding.serving import make_engine
 from .dispatch import Dispatch
 from .errors import InputError, closest
 from .examples import make_examples
@@ -42,6 +43,7 @@ def optimize(
     dry_run: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    decoding: Mapping[str, Any] | None = None,
     verbose: bool | None = None,
     **unknown: Any,
 ) -> Any:
@@ -70,6 +72,9 @@ def optimize(
         cache_dir: where configurations are that `python -m regraft tune` measured: for the whole process, and
             `REGRAFT_CACHE_DIR` or `~/.cache/regraft` by default.
         example_inputs: the arguments of a typical call, by name. Made from the config where not given.
+        decoding: what `generate` may take, as `{"max_batch_size": 64, "max_seq_len": 4096}`: sequences decoded at
+            once, their greatest length, or `memory_fraction` of the free memory for keys and values (half of it by
+            default), allocated when `generate` is first called; `block_size`, `token_budget`, `prefix_sharing`.
         verbose: True prints the whole report, None a few lines, False nothing.
 
     `REGRAFT_DISABLE=1` leaves the model as it is; `REGRAFT_PASSES`, `REGRAFT_LOGS` and `REGRAFT_DUMP_DIR` are read too.
@@ -97,6 +102,7 @@ def optimize(
         dry_run=dry_run,
         cache_dir=cache_dir,
         example_inputs=example_inputs,
+        decoding=decoding,
         verbose=verbose,
         **unknown,
     )
@@ -136,6 +142,7 @@ def install(model: M, options: Options, stages: Stages) -> Any:
         dispatch.release()
         return report
     model.forward = dispatch
+    plug_in.install(model, dispatch, make_engine)
     if hasattr(model, "report"):
         record.notes.append(Note("", "the model has an attribute `report` of its own; see model.forward.report"))
     else:
@@ -231,7 +238,7 @@ def restore(model: M) -> M:
         if isinstance(report, Report):
             return model  # left as it was under REGRAFT_DISABLE
         raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
-    decoding.remove(model)
+    plug_in.remove(model)
     if dispatch.overridden is not None:
         model.forward = dispatch.overridden
     else:

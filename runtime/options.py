@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
 
+from .decoding.memory import Limits
 from .errors import InputError, OptionError, closest
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -38,6 +39,7 @@ class Options:
     cache_dir: Path | None = None
     example_inputs: Mapping[str, Any] | None = None
     verbose: bool | None = None
+    decoding: Limits | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
@@ -58,6 +60,8 @@ class Options:
                 plain["rules"] = [type(r).__name__ for r in value]
             elif f.name == "example_inputs" and value is not None:
                 plain["example_inputs"] = sorted(value)
+            elif f.name == "decoding" and value is not None:
+                plain["decoding"] = asdict(value)
             elif f.name == "cache_dir" and value is not None:
                 plain["cache_dir"] = str(value)
             elif f.name == "passes" and value:
@@ -79,6 +83,7 @@ def make_options(
     passes: PassChoice = None,
     cache_dir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    decoding: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     is_rule: Callable[[object], bool] | None = None,
     **others: Any,
@@ -108,6 +113,7 @@ def make_options(
         passes=chosen,
         cache_dir=None if directory is None else Path(directory).expanduser(),
         example_inputs=_examples(example_inputs),
+        decoding=_limits(decoding),
         **others,
     )
 
@@ -175,3 +181,17 @@ def _examples(example_inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | N
     if not any(isinstance(v, torch.Tensor) for v in example_inputs.values()):
         raise InputError("example_inputs holds no tensor; give the arguments of one typical call")
     return dict(example_inputs)
+
+
+def _limits(decoding: Mapping[str, Any] | None) -> Limits | None:
+    if decoding is None:
+        return None
+    if not isinstance(decoding, Mapping):
+        raise OptionError(f"decoding={decoding!r}: expected a mapping such as {{'max_batch_size': 32}}")
+    known = [f.name for f in fields(Limits)]
+    for name in decoding:
+        if name not in known:
+            raise OptionError(
+                f"decoding: unknown setting {name!r}{closest(str(name), known)} Known: {', '.join(known)}"
+            )
+    return Limits(**decoding)

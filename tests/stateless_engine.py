@@ -22,7 +22,6 @@ class StatelessEngine:
         self.sampler = Sampler(model.config.get_text_config().vocab_size, "cpu")
         self.open: list[StatelessSession] = []
         self.ran = 0
-        self.closed = False
 
     def logits(self, tokens: list[int]) -> Tensor:
         with torch.no_grad():
@@ -54,10 +53,6 @@ class StatelessEngine:
     def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> StatelessSession:
         assert len(batch_ids) <= self.rows
         return StatelessSession(self, batch_ids, max_new_tokens)
-
-    def close(self) -> None:
-        assert not self.open
-        self.closed = True
 
 
 def make(model: Any, before: Any) -> StatelessEngine:

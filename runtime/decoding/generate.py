@@ -45,9 +45,6 @@ class Serves(Protocol):
     def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
         """A batch that goes on in step."""
 
-    def close(self) -> None:
-        """Nothing will be asked any more."""
-
 
 Make = Callable[[Any, "Serves | str | None"], "Serves | str"]
 """From a model and what was made of it before to the engine of the model as it is now, the same one where it still
@@ -92,11 +89,8 @@ class Decoding:
     def engine(self) -> Serves | str:
         """The engine of the model as it is now, or why there is none."""
         with self.lock:
-            before = self._engine
-            found = self._engine = self.make(self.model, before)
-            if found is not before:
-                _close(before)
-            return found
+            self._engine = self.make(self.model, self._engine)
+            return self._engine
 
     def say(self, text: str) -> None:
         """Warn, once for each text."""
@@ -115,7 +109,6 @@ class Decoding:
     def release(self) -> None:
         """Give back all memory."""
         with self.lock:
-            _close(self._engine)
             self._engine = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,6 +142,9 @@ class PrepareCache:
             if engine is not None:
                 cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
                 call.caches.append(cache)
+                generation_config.use_cache = (
+                    True  # False: a default of the model's
+                )
                 call.way = "HuggingFace's loop over pages"
                 model_kwargs["past_key_values"] = cache
                 return None
@@ -199,7 +195,8 @@ class Generate:
             loop = self._loop(call, args, kwargs) if own else None
             call.in_step = loop is None
             extra = {} if loop is None else {"custom_generate": loop}
-            result = original(*args, **kwargs, **extra)
+            with self.decoding.dispatch.lenient():
+                result = original(*args, **kwargs, **extra)
         finally:
             calls.call = outer
             close_all(call.caches)
@@ -224,6 +221,9 @@ class Generate:
                 return None
         if settings.position_ids is not None:
             call.reason = "position_ids"
+        config = given.get("generation_config")
+        if False in (given.get("kwargs", {}).get("use_cache"), getattr(config, "use_cache", None)):
+            call.reason = "use_cache=False"
         if given.get("kwargs", {}).get("cache_implementation") == "paged":
             return None
         if GenerationConfig.get_generation_mode(settings, assistant) not in TOKEN_BY_TOKEN:  # type: ignore[arg-type]
@@ -325,8 +325,3 @@ def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
     if not isinstance(mask, Tensor) or mask.shape[0] <= engine.rows:
         return None
     return f"{mask.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
-
-
-def _close(engine: Serves | str | None) -> None:
-    if engine is not None and not isinstance(engine, str):
-        engine.close()

@@ -32,8 +32,6 @@ def refusal(config: GenerationConfig, mode: GenerationMode, arguments: Mapping[s
     for name in ("cache_implementation", "prefill_chunk_size"):
         if getattr(config, name, None) is not None:
             return f"{name}={getattr(config, name)!r}"
-    if config.use_cache is False:
-        return "use_cache=False"
     if getattr(config, "is_assistant", False):
         return "assistant_model"
     if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):

@@ -335,7 +335,7 @@ def test_weights_of_another_form_need_another_engine() -> None:
     pair.plain.double()
     pair.model.double()
     pair.check(FAST, **PROMPT, max_new_tokens=4)
-    assert pair.engine is not first and first.closed
+    assert pair.engine is not first
 
 
 def test_more_sequences_than_go_on_in_step(pair: Pair) -> None:
@@ -359,7 +359,6 @@ def test_copies_and_restore() -> None:
         assert twin.generate.decoding.engine() is not pair.engine
     engine, before = pair.engine, pair.plain.generate(**PROMPT, max_new_tokens=4)
     regraft.restore(pair.model)
-    assert engine.closed
     assert "generate" not in pair.model.__dict__ and "_prepare_cache_for_generation" not in pair.model.__dict__
     assert torch.equal(pair.model.generate(**PROMPT, max_new_tokens=4), before)
     assert engine.ran == 1

@@ -1,0 +1,73 @@
+"""The engine of an optimized model, as `generate` asks for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ..checks import device_of
+from .engine import Engine
+from .flat import FlatProgram, Unserved, flat_program
+from .generate import Serves
+from .memory import Limits
+from .requests import Request
+from .sampling import Sampler
+from .session import Session
+
+log = logging.getLogger("regraft")
+
+
+class Paged:
+    """An engine with its sampler, whose CUDA graphs serve again in later calls."""
+
+    def __init__(self, flat: FlatProgram, model: Any, limits: Limits) -> None:
+        device = device_of(model)
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.flat, self.limits = flat, limits
+        self.engine = Engine(flat, device, limits, longest)
+        self.sampler = Sampler(flat.vocab, device, rows=limits.max_batch_size)
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that go on in step."""
+        return self.limits.max_batch_size
+
+    def run(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+        """The output of each request, in order; more of them than there are rows wait for their turn."""
+        return self.engine.run(requests, self.sampler, on_token)
+
+    def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
+        """A batch that goes on in step."""
+        return self.engine.session(batch_ids, max_new_tokens)
+
+
+class Broken(str):
+    """A reason that is not asked for again."""
+
+
+def make_engine(model: Any, before: Serves | str | None) -> Serves | str:
+    """The engine of the model as it is now, `before` where its program is the same, or why it has none.
+
+    Where making one fails in a way that nobody foresaw, the model generates as it did, and the failure is said;
+    under `strict` and `on_error="raise"` it is raised.
+    """
+    if isinstance(before, Broken):
+        return before
+    try:
+        return _engine_of(model, before)
+    except Exception as error:
+        if model.forward.options.raises:
+            raise
+        log.debug("%s: no engine", type(model).__name__, exc_info=True)
+        return Broken(f"its engine could not be made ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
+def _engine_of(model: Any, before: Serves | str | None) -> Serves | str:
+    flat = flat_program(model)
+    if isinstance(flat, Unserved):
+        return flat.reason
+    if isinstance(before, Paged) and before.flat is flat:
+        return before
+    options = model.forward.options
+    return Paged(flat, model, options.decoding if options.decoding is not None else Limits())
