@@ -1,0 +1,112 @@
+"""Greedy tokens and beams of every decoder in float32 on the CPU are those of HuggingFace eager: ragged prompts, padded
+on the left, over the real engine. What no engine serves generates by HuggingFace's loop, with its reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import regraft
+from regraft.runtime import dispatch
+from regraft.runtime.errors import RegraftWarning
+
+NEW = 8
+"""With the prompt beyond the windows of 6 and 16 positions of the models that have them."""
+PAGES, FAST, HUGGINGFACE = "HuggingFace's loop over pages", "the fast loop", "HuggingFace's loop"
+NOT_SERVED = {
+    "mamba2": "no attention",
+    "llama4_text": "chunked",
+    "llama_dynamic": "depend on how long",
+    "phi3_longrope": "depend on how long",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_graphs() -> Iterator[None]:
+    """Only the flat programs are compiled: graphs of forwards take their time, and have their own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "MAX_SIGNATURES", 0)
+        yield
+
+
+def ragged() -> dict[str, Any]:
+    ids = torch.randint(3, zoo.VOCAB, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask, "pad_token_id": zoo.PAD}
+
+
+@pytest.mark.parametrize("name", zoo.DECODERS)
+def test_tokens_are_huggingfaces(name: str) -> None:
+    model, _ = zoo.build(name)
+    prompt = ragged()
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": NEW, "repetition_penalty": 1.2},
+        {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2},
+    ]
+    expected = [model.generate(**prompt, **call) for call in calls]
+    model = regraft.optimize(model, verbose=False, decoding={"max_seq_len": 64, "max_batch_size": 9})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RegraftWarning)
+        actual = [model.generate(**prompt, **call) for call in calls]
+    for a, e, call in zip(actual, expected, calls, strict=True):
+        assert torch.equal(a, e), call
+    if name in NOT_SERVED:
+        assert any(NOT_SERVED[name] in str(w.message) for w in caught)
+        assert model.report.record.generated == {HUGGINGFACE: 2}
+    else:
+        assert model.report.record.generated == {FAST: 1, PAGES: 1}
+        engine = model.generate.decoding.engine().engine
+        engine.executor.tables.check([])  # no page is held
+
+
+def test_scores_over_pages() -> None:
+    """What only HuggingFace's loop can do, with the model's work in pages."""
+    model, _ = zoo.build("llama")
+    prompt = ragged()
+    call = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected = model.generate(**prompt, **call)
+    model = regraft.optimize(model, verbose=False)
+    actual = model.generate(**prompt, **call)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        for a, e in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert len({t.data_ptr() for t in actual.logits}) == len(actual.logits)  # kept, not overwritten by later steps
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_more_prompts_than_rows(name: str) -> None:
+    """Prompts wait for their turn; a sampled one has the tokens that it has alone."""
+    model, _ = zoo.build(name)
+    lengths = [3, 30, 1, 12, 25, 7, 18, 2, 9]
+    ids = torch.zeros(9, 30, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, 30 - length :] = torch.randint(3, zoo.VOCAB, (length,))
+    prompt = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pad_token_id": 0, "max_new_tokens": 12}
+    expected = model.generate(**prompt)
+    limits = {"max_batch_size": 2, "max_seq_len": 48, "token_budget": 16}
+    model = regraft.optimize(model, verbose=False, decoding=limits)
+    assert torch.equal(model.generate(**prompt), expected)
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_p": 0.9}
+    torch.manual_seed(5)
+    together = model.generate(**prompt, **drawn)
+    torch.manual_seed(5)
+    alone = model.generate(ids[:1, -3:], max_new_tokens=12, **drawn)
+    assert torch.equal(together[0, 30:], alone[0, 3:])
+
+
+def test_what_never_fits_is_said_before_anything_runs() -> None:
+    model, _ = zoo.build("llama")
+    model = regraft.optimize(model, verbose=False, decoding={"max_seq_len": 16})
+    with pytest.raises(regraft.InputError, match=r"max_new_tokens=20 needs 25 positions.*16 \(max_seq_len\)"):
+        model.generate(**ragged(), max_new_tokens=20)
+    assert model.generate(**ragged(), max_new_tokens=5).shape == (3, 14)
+    for wrong, said in (({"max_len": 3}, "max_seq_len"), ({"block_size": 5}, "block_size=5"), (7, "a mapping")):
+        with pytest.raises(regraft.OptionError, match=said):
+            regraft.optimize(zoo.build("llama")[0], decoding=wrong)
