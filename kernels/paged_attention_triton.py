@@ -231,8 +231,8 @@ def _refuse_sizes(signature: Signature) -> str | None:
     q, k, v, k_pages, v_pages = (signature[name].shape for name in ("q", "k", "v", "k_pages", "v_pages"))
     if [len(s) for s in (q, k, v, k_pages, v_pages)] != [3, 3, 3, 4, 4]:
         return f"q {list(q)}, k {list(k)}, v {list(v)}, pages {list(k_pages)}, {list(v_pages)}: 3 and 4 dimensions"
-    if None in (*q[1:], *k[1:], *v[1:], *k_pages[1:], *v_pages[1:]):
-        return "heads, their dimensions or the size of a page are not known"
+    if None in (*q[1:], *k[1:], *v[1:], *k_pages[2:], *v_pages[2:]):
+        return "heads or their dimensions are not known"
     if k_pages[1] != v_pages[1] or k_pages[2:] != k[1:] or v_pages[2:] != v[1:]:
         return f"k {list(k)} and v {list(v)} do not fit pages {list(k_pages)} and {list(v_pages)}"
     if q[1] % k[1] or k[1] != v[1] or q[2] != k[2]:

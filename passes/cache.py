@@ -51,7 +51,7 @@ def cache(program: Program, context: Context) -> PassResult:
     result = PassResult("cache", Stage.CACHE.name, nodes_before=len(graph.nodes))
     nodes = [n for n in graph.nodes if n.target is torch.ops.regraft.attention.default]
     if not nodes:
-        raise CacheError("it has no attention whose keys could be kept")
+        raise CacheError("no attention was recognised whose keys could be kept")
     if context.settings.model is None:
         raise ValueError("the cache pass needs the model, to see what its masks are")
     causal = Causal(program, context.settings.model)

@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 
 from regraft.compiler.capture import capture
 from regraft.compiler.program import InputKind
+from regraft.kernels.op import TensorSpec
+from regraft.kernels.paged_attention import paged_attention
 from regraft.passes.pipeline import Settings, compile_program
 from regraft.runtime.build import Unserved
 from regraft.runtime.decoding.flat import make
@@ -62,6 +64,19 @@ def test_a_step_costs_no_more_calls_than_a_forward() -> None:
     assert counts[1][0] <= counts[1][1] + 4
     nothing_left = {"arange", "cumsum", "le", "gt", "__and__"}
     assert not [n for n in flat.program.graph.nodes if getattr(n.target, "_opname", "") in nothing_left]
+
+
+def test_the_kernel_takes_what_is_known_before_a_call() -> None:
+    """Numbers of tokens, sequences and pages, and the size of a page, are open."""
+    flat = flat_of(tiny("gemma2"))
+    assert {n.target for n in flat.program.graph.nodes} >= {paged_attention.reference}
+    node = next(n for n in flat.program.graph.nodes if n.target is paged_attention.reference)
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    signature = paged_attention.signature(*args)
+    assert [s.shape[0] for s in signature.values() if isinstance(s, TensorSpec)] == [None] * 9
+    assert signature["k_pages"].shape[1] is None
+    refuse_sizes = pytest.importorskip("regraft.kernels.paged_attention_triton")._refuse_sizes
+    assert refuse_sizes(signature) is None
 
 
 class Plain(nn.Module):

@@ -22,7 +22,7 @@ WINDOWS: dict[str, tuple[int, ...]] = {
 """The window `left` of each group: two layers, of which some kinds alternate."""
 LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128}
 REFUSED = {
-    "mamba2": "no attention",
+    "mamba2": "no attention was recognised",
     "llama4_text": "chunked 6",
     "phi3_longrope": "how long other sequences are",
     "llama_dynamic": "how long other sequences are",
