@@ -96,7 +96,8 @@ def paged_kernel(
     FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISE: tl.constexpr,  # scores in natural units, exponentials to the last bit
-    ALIGN: tl.constexpr,  # strides of tokens are given in units of so many elements
+    ALIGN: tl.constexpr,  # strides of q, k and v are given in units of so many elements
+    PAGE_ALIGN: tl.constexpr,  # as ALIGN, of the pages
     PDL: tl.constexpr,
     PAGE: tl.constexpr,
     R: tl.constexpr,
@@ -141,7 +142,7 @@ def paged_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     n = tl.arange(0, BLOCK_N)
-    q_rows = (q_first + query) * (stride_qt * ALIGN) + head * stride_qh  # [BLOCK_M]
+    q_rows = ((q_first + query) * stride_qt + head * stride_qh) * ALIGN  # [BLOCK_M]
     q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     unit = 1.0 if PRECISE else LOG2E  # scores are in units of log(2) unless PRECISE
     if HAS_SLOPES:
@@ -149,14 +150,16 @@ def paged_kernel(
 
     # tiles from `whole` to `edge` are old keys that every query sees; all borders but `stop` are multiples of BLOCK_N
     whole = 0
+    oldest = 0
     edge = tl.maximum(bottom, 0) // BLOCK_N * BLOCK_N
     if FUSED:
         edge = tl.maximum(shift, 0) // BLOCK_N * BLOCK_N
     if HAS_LEFT:
+        oldest = bottom - left
         whole = tl.cdiv(tl.maximum(top - left, 0), BLOCK_N) * BLOCK_N
     table = table_ptr + sequence * stride_tb
-    k_head = k_pages_ptr + kv_head * stride_kg
-    v_head = v_pages_ptr + kv_head * stride_vg
+    k_head = k_pages_ptr + kv_head * (stride_kg * PAGE_ALIGN)
+    v_head = v_pages_ptr + kv_head * (stride_vg * PAGE_ALIGN)
     m = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
@@ -170,29 +173,27 @@ def paged_kernel(
         else:
             low = tl.maximum(first, edge)
             high = stop
-        if SEGMENT == 1:  # page numbers are read a tile ahead
-            ahead = tl.load(table + (low + n) // PAGE, mask=low + n < high, other=0)
-        for start in tl.range(low, high, BLOCK_N, num_stages=STAGES if SEGMENT == 1 else 1):
+        # Page numbers are read a tile ahead, so that loads of keys can be pipelined. Where tiles are large enough for
+        # Hopper's wgmma they are in every segment: the ptxas of CUDA 12.8, which Triton 3.6 brings, has been seen to
+        # read a matrix descriptor too early where a tile passes through registers into shared memory.
+        is_key = (low + n >= oldest) & (low + n < high)
+        ahead = tl.load(table + (low + n) // PAGE, mask=is_key, other=0)
+        for start in tl.range(low, high, BLOCK_N, num_stages=STAGES if SEGMENT == 1 or BLOCK_M >= 64 else 1):
             key = start + n  # [BLOCK_N]
-            is_key = key < stop
-            if HAS_LEFT and SEGMENT != 1:
-                is_key = is_key & (key >= bottom - left)
-            if SEGMENT != 1:
-                page = tl.load(table + key // PAGE, mask=is_key, other=0).to(tl.int64)
-            else:
-                page = ahead.to(tl.int64)
-                ahead = tl.load(table + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < high, other=0)
+            is_key = (key >= oldest) & (key < high)
+            page = ahead.to(tl.int64)
+            ahead = tl.load(table + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < high, other=0)
             offset = key % PAGE
-            k_at = k_head + page * stride_kp + offset * stride_kk  # [BLOCK_N]
-            v_at = v_head + page * stride_vp + offset * stride_vk
+            k_at = k_head + (page * stride_kp + offset * stride_kk) * PAGE_ALIGN  # [BLOCK_N]
+            v_at = v_head + (page * stride_vp + offset * stride_vk) * PAGE_ALIGN
             if FUSED and SEGMENT == 2:
                 new = q_first + (key - shift)
                 slot = tl.load(slots_ptr + new, mask=(key >= shift) & (key < K) & is_key, other=-1)
                 is_new = slot >= 0
-                k_to = k_head + (slot // PAGE) * stride_kp + (slot % PAGE) * stride_kk
-                v_to = v_head + (slot // PAGE) * stride_vp + (slot % PAGE) * stride_vk
-                k_at = tl.where(is_new, k_ptr + new * (stride_kt * ALIGN) + kv_head * stride_kh, k_at)
-                v_at = tl.where(is_new, v_ptr + new * (stride_vt * ALIGN) + kv_head * stride_vh, v_at)
+                k_to = k_head + (slot // PAGE * stride_kp + slot % PAGE * stride_kk) * PAGE_ALIGN
+                v_to = v_head + (slot // PAGE * stride_vp + slot % PAGE * stride_vk) * PAGE_ALIGN
+                k_at = tl.where(is_new, k_ptr + (new * stride_kt + kv_head * stride_kh) * ALIGN, k_at)
+                v_at = tl.where(is_new, v_ptr + (new * stride_vt + kv_head * stride_vh) * ALIGN, v_at)
 
             inside = (d < D)[:, None]
             inside_v = (dv < DV)[None, :]
@@ -362,6 +363,7 @@ def write_kernel(
     LARGEST: tl.constexpr,
     INTEGER: tl.constexpr,
     ALIGN: tl.constexpr,
+    PAGE_ALIGN: tl.constexpr,
     PDL: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
@@ -379,11 +381,11 @@ def write_kernel(
     page, offset = slot // PAGE, slot % PAGE
     d = tl.arange(0, BLOCK_D)
     inside = is_row[:, None] & (d < D)[None, :]
-    k_at = k_ptr + row * (stride_kt * ALIGN) + head * stride_kh
+    k_at = k_ptr + (row * stride_kt + head * stride_kh) * ALIGN
     k = tl.load(k_at[:, None] + d[None, :], mask=inside, other=0.0)  # [BLOCK_T, BLOCK_D]
     dv = tl.arange(0, BLOCK_DV)
     inside_v = is_row[:, None] & (dv < DV)[None, :]
-    v_at = v_ptr + row * (stride_vt * ALIGN) + head * stride_vh
+    v_at = v_ptr + (row * stride_vt + head * stride_vh) * ALIGN
     v = tl.load(v_at[:, None] + dv[None, :], mask=inside_v, other=0.0)  # [BLOCK_T, BLOCK_DV]
     if SCALED:
         k, k_scale = _scaled(k, LARGEST, INTEGER)
@@ -391,7 +393,7 @@ def write_kernel(
         at = page * stride_sp + offset * stride_sk + head * stride_sg
         tl.store(k_scale_ptr + at, k_scale, mask=is_row)
         tl.store(v_scale_ptr + at, v_scale, mask=is_row)
-    k_to = k_pages_ptr + page * stride_kp + offset * stride_kk + head * stride_kg
-    v_to = v_pages_ptr + page * stride_vp + offset * stride_vk + head * stride_vg
+    k_to = k_pages_ptr + (page * stride_kp + offset * stride_kk + head * stride_kg) * PAGE_ALIGN
+    v_to = v_pages_ptr + (page * stride_vp + offset * stride_vk + head * stride_vg) * PAGE_ALIGN
     tl.store(k_to[:, None] + d[None, :], k.to(k_pages_ptr.dtype.element_ty), mask=inside)
     tl.store(v_to[:, None] + dv[None, :], v.to(v_pages_ptr.dtype.element_ty), mask=inside_v)

@@ -22,6 +22,7 @@ from .launch import (
     refuse_mixed,
     refuse_tensors,
     refuse_vector,
+    rows_aligned,
 )
 from .op import Kernel, Signature
 from .paged_attention_kernel import combine_kernel, paged_kernel, write_kernel
@@ -32,13 +33,20 @@ KEYS_PER_SPLIT: Final = 128
 MAX_SPLITS: Final = 64
 
 
-def _plan(d: int, dv: int, itemsize: int, page_bytes: int, rows: int) -> tuple[dict[str, int], AttentionMemory]:
+FUSED_ROWS: Final = 32
+"""Tiles of at most so many rows may take new keys from elsewhere than pages: they do not use Hopper's wgmma."""
+
+
+def _plan(
+    d: int, dv: int, itemsize: int, page_bytes: int, rows: int, aligned: bool
+) -> tuple[dict[str, int], AttentionMemory]:
     """The features by which a configuration is chosen, and its need of shared memory.
 
     `rows`: queries of a sequence times the heads that read one kv head.
     """
     blocks = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     features = {"D": max(blocks), "bytes": itemsize, "page_bytes": page_bytes, "rows": rows}
+    features["aligned"] = int(aligned)
     return features, AttentionMemory(*blocks, itemsize, 0)
 
 
@@ -81,11 +89,13 @@ def paged_attention(
         raise ValueError("k_scale and v_scale do not belong together")
     q, k, v = (_dense(t) for t in (q, k, v))
     sinks, slopes = (None if t is None else _dense(t) for t in (sinks, slopes))
-    align = _unit(q, k, v)
+    align, page_align = _unit(q, k, v), _unit(k_pages, v_pages)
     group, page = heads // kv_heads, k_pages.shape[1]
     rows = max_q * group
-    config = choose("paged_attention", *_plan(d, dv, q.element_size(), k_pages.element_size(), rows), q.device)
-    fused = k_scale is None and k_pages.dtype == k.dtype == v_pages.dtype and rows <= config["BLOCK_M"]
+    aligned = all(rows_aligned(t) for t in (q, k_pages, v_pages))
+    plan = _plan(d, dv, q.element_size(), k_pages.element_size(), rows, aligned)
+    config = choose("paged_attention", *plan, q.device)
+    fused = k_pages.dtype == k.dtype and rows <= min(config["BLOCK_M"], FUSED_ROWS)
     blocks = triton.cdiv(rows, config["BLOCK_M"])
     programs = sequences * kv_heads * blocks
     keys = block_table.shape[1] * page
@@ -94,8 +104,10 @@ def paged_attention(
     if splits > 1:
         out = empty((tokens, heads, splits, dv), torch.float32, q.device)
         state = empty((2, tokens, heads, splits), torch.float32, q.device)
-    into = (*k_pages.stride()[:3], *v_pages.stride()[:3], *scale_steps[0])
-    shape: dict[str, Any] = {"PAGE": page, "D": d, "DV": dv, "ALIGN": align, "SCALED": k_scale is not None}
+    of_pages = (step // page_align for t in (k_pages, v_pages) for step in t.stride()[:3])
+    into = (*of_pages, *scale_steps[0])
+    shape: dict[str, Any] = {"PAGE": page, "D": d, "DV": dv, "ALIGN": align, "PAGE_ALIGN": page_align}
+    shape |= {"SCALED": k_scale is not None}
     shape |= {"BLOCK_D": max(16, triton.next_power_of_2(d)), "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
     same: dict[str, Any] = {"HAS_LEFT": left >= 0, "HAS_SINKS": sinks is not None, "HAS_SLOPES": slopes is not None}
     same |= {"PRECISE": v.dtype == torch.float32, "R": group, **overlaps(q)}
@@ -114,9 +126,9 @@ def paged_attention(
                 q if v_scale is None else v_scale,
                 tokens,
                 k.stride(0) // align,
-                k.stride(1),
+                k.stride(1) // align,
                 v.stride(0) // align,
-                v.stride(1),
+                v.stride(1) // align,
                 *into,
                 LARGEST=127.0 if k_pages.dtype == torch.int8 else 448.0,
                 INTEGER=k_pages.dtype == torch.int8,
@@ -149,11 +161,11 @@ def paged_attention(
             splits,
             kv_heads,
             q.stride(0) // align,
-            q.stride(1),
+            q.stride(1) // align,
             k.stride(0) // align,
-            k.stride(1),
+            k.stride(1) // align,
             v.stride(0) // align,
-            v.stride(1),
+            v.stride(1) // align,
             *into,
             block_table.stride(0),
             float(scale),
@@ -261,8 +273,12 @@ def _refuse_pages(signature: Signature) -> str | None:
 
 def _refuse_memory(signature: Signature) -> str | None:
     q, k_pages, v = (signature[name] for name in ("q", "k_pages", "v"))
-    plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY)
-    return refuse_memory("paged_attention", *plan, q.device)
+    for aligned in (True, False):
+        plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY, aligned)
+        reason = refuse_memory("paged_attention", *plan, q.device)
+        if reason is not None:
+            return reason
+    return None
 
 
 KERNELS: Final = (Kernel(ops.paged_attention, "triton", paged_attention, _supports),)

@@ -2,8 +2,9 @@
 
     python compile_for.py 86 101376
 
-Prints a JSON list of `{"case", "shared", "estimate", "wgmma"}`: bytes, and whether Hopper's matrix unit is used. Run in
-a process of its own: it puts another driver and another device limit in place of the real ones.
+Prints a JSON list of `{"case", "shared", "estimate", "wgmma", "copies"}`: bytes, whether Hopper's matrix unit is used,
+and whether tiles are copied to shared memory past the registers. Run in a process of its own: it puts another driver
+and another device limit in place of the real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from regraft.kernels import activation_triton, attention_triton, linear_act_triton, rms_norm_triton, tuning
+from regraft.kernels import (
+    activation_triton,
+    attention_triton,
+    linear_act_triton,
+    paged_attention_triton,
+    rms_norm_triton,
+    tuning,
+)
 
 
 class NoDevice:
@@ -40,7 +48,8 @@ class NoDevice:
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
-    attention_triton._multiprocessors = lambda device: 1  # keys are not divided
+    attention_triton._multiprocessors = paged_attention_triton._multiprocessors = lambda device: 1  # one part of keys
+    paged_attention_triton.overlaps = lambda x: {"PDL": False}
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -56,7 +65,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         blocks = tuple((name, value) for name, value in sizes if value)
         config = tuning.Config(blocks, kwargs["num_warps"], kwargs["num_stages"])
         shared, wgmma = kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]
-        rows.append({"case": case, "shared": shared, "estimate": estimate(config), "wgmma": wgmma})
+        copies = "cp.async" in kernel.asm["ptx"]
+        rows.append({"case": case, "shared": shared, "estimate": estimate(config), "wgmma": wgmma, "copies": copies})
 
     half = torch.bfloat16
     pairs = {"mask": torch.ones(1, 1, 300, 300, dtype=torch.bool), "bias": torch.empty(1, 4, 300, 300)}
@@ -76,6 +86,21 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             width, value_width, dtype.itemsize, 300, named.get("mask"), named.get("bias"), True
         )
         record(f"attention {width}/{value_width} {dtype} {list(named)}", plan[1])
+    for width, queries, stored in [
+        (128, 1, half),
+        (128, 300, half),
+        (24, 300, half),
+        (36, 300, half),
+        (128, 300, torch.int8),
+    ]:
+        q, k = torch.empty(2 * queries, 8, width, dtype=half), torch.empty(2 * queries, 2, width, dtype=half)
+        pages = torch.empty(9, 16, 2, width, dtype=stored)
+        scales = [None if stored == half else torch.empty(9, 16, 2)] * 2
+        index = [torch.empty(n, dtype=torch.int32) for n in (3, 2)]
+        given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), *index, index[0][None])
+        paged_attention_triton.paged_attention(*given, queries, None, None, *scales)
+        sizes = (width, width, 2, stored.itemsize, 4 * queries, width % 8 == 0)
+        record(f"paged_attention {width} {queries} {stored}", paged_attention_triton._plan(*sizes)[1])
     for m, k, dtype in [
         (1, 1024, half),
         (64, 1024, half),

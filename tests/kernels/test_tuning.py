@@ -47,8 +47,9 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
                 for queries, aligned in product((1, 16, 17, 5000), (True, False)):
                     plan = attention_plan(width, itemsize, queries, aligned)
                     assert select_config("attention", *plan, file=file, limit=limit) is not None
-            for rows, width, page_bytes in product((1, 16, 17, 64, 65, 5000), (16, 80, 128, 256), (1, itemsize)):
-                plan = paged_attention_triton._plan(width, width, itemsize, page_bytes, rows)
+            sizes = product((1, 16, 17, 64, 65, 5000), (16, 80, 128, 256), (1, itemsize), (True, False))
+            for rows, width, page_bytes, aligned in sizes:
+                plan = paged_attention_triton._plan(width, width, itemsize, page_bytes, rows, aligned)
                 assert select_config("paged_attention", *plan, file=file, limit=limit) is not None
             for rows in (1, 16, 17, 64, 65, 5000):
                 for weights, width in product((1, 2), (64, 4096, 28672)):
@@ -80,7 +81,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "activation": {"N": 64, "R": 1, "bytes": 2, "gated": 0},
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
-        "paged_attention": paged_attention_triton._plan(64, 64, 2, 2, 1)[0],
+        "paged_attention": paged_attention_triton._plan(64, 64, 2, 2, 1, True)[0],
         "linear_wgmma": dict.fromkeys(("M", "N", "K", "gated", "rope"), 1),
         "moe_wgmma": dict.fromkeys(("M", "N", "K", "gated", "R"), 1),
         "heads": {"rows": 1, "D": 64},
@@ -145,3 +146,6 @@ def test_the_estimate_bounds_what_the_compiler_uses(capability: int, limit: int)
     wgmma = {row["case"] for row in rows if row["wgmma"]}
     assert not {case for case in wgmma if "40/17" in case or " 77 " in case}  # see `rows_aligned`
     assert bool(wgmma) == (capability == 90)
+    paged = {f"paged_attention {width} 300 torch.bfloat16" for width in (24, 128)}
+    assert {case for case in wgmma if case.startswith("paged")} == (paged if capability == 90 else set())
+    assert all(row["copies"] for row in rows if row["case"] in wgmma & paged)
