@@ -97,16 +97,6 @@ class Call:
             raise OutOfBlocks("the pages that this call needs are held by sessions that are still open")
         return []
 
-    def close(self) -> None:
-        """End everything that is under way and give its pages back; after an error, what was shared is forgotten."""
-        failed = bool(self._flying or self.scheduler.running)
-        self._flying.clear()
-        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
-            self.scheduler.finish(sequence)
-        if failed:
-            for pool in self.scheduler.tables.pools:
-                pool.forget_all()
-
     def _collect(self) -> list[tuple[Sequence, list[int]]]:
         burst = self._flying.popleft()
         arrived = []

@@ -108,26 +108,22 @@ class Engine:
             batch = self.limits.max_batch_size
             budget, sharing = self.limits.token_budget, self.limits.prefix_sharing
             scheduler = Scheduler(tables, batch, self.executor.max_seq_len, budget, sharing)
-            call = self._running = Call(scheduler, self.executor, epilogue, steps)
-            sequences: list[Sequence] = []
-            try:
-                sequences += [call.add(request) for request in given]
-                numbers = {s: i for i, s in enumerate(sequences)}
-                warm = len(given) <= batch
-                while not call.done:
-                    for sequence, tokens in call.step():
-                        if on_token is not None:
-                            for token in tokens:
-                                on_token(numbers[sequence], token)
-                    self.look(call)
-                    if not warm and scheduler.running:
-                        self.executor.warm_up(batch, epilogue)
-                        warm = True
-            finally:
-                self._running = None
-                self._preemptions += scheduler.preemptions
-                call.close()
-                self.executor.release(sequences)
+            call = Call(scheduler, self.executor, epilogue, steps)
+            sequences = [call.add(request) for request in given]
+            self._running = call
+            numbers = {s: i for i, s in enumerate(sequences)}
+            warm = len(given) <= batch
+            while not call.done:
+                for sequence, tokens in call.step():
+                    if on_token is not None:
+                        for token in tokens:
+                            on_token(numbers[sequence], token)
+                self.look(call)
+                if not warm and scheduler.running:
+                    self.executor.warm_up(batch, epilogue)
+                    warm = True
+            self.executor.release(sequences)
+            self._preemptions += scheduler.preemptions
             return [s.produced for s in sequences]
 
     def session(self, batch_ids: Items[Items[int]], max_new_tokens: int | None = None) -> Session:
@@ -204,14 +200,24 @@ class Engine:
                         self.executor.tables.release(sequence)
             try:
                 yield
-            except BaseException:
-                self.executor.forget()
+            except BaseException as error:
+                if self._running is not None or not isinstance(error, InputError):
+                    self._recover()
                 raise
             finally:
+                self._running = None
                 if self.executor.device.type == "cuda":
                     if self._last is None:
                         self._last = torch.cuda.Event()
                     self._last.record()
+
+    def _recover(self) -> None:
+        """Whatever was interrupted where: afterwards only open sessions hold pages, and nothing can be found."""
+        self.executor.forget()
+        sessions = list(self._sessions)
+        self._lost.clear()
+        self._reserved = {s.number: self._reserved[s.number] for s in sessions if s.number in self._reserved}
+        self.executor.tables.rebuild([q for s in sessions for q in s.sequences])
 
     def _look_at_weights(self) -> None:
         """Pages written with other weights are not shared."""

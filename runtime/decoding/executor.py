@@ -88,6 +88,10 @@ class Executor:
         self._tick = 0
         self._owners = [None] * self.state.rows
         self._lengths = [(0, 0)] * self.state.rows
+        for row, (_, epilogue) in enumerate(self._assigned):
+            if epilogue is not None:
+                epilogue.assign(row, None)
+            self._assigned[row] = (None, None)
 
     def _send_tables(self, sequences: Items[Sequence]) -> None:
         for sequence in sequences:

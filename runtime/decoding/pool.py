@@ -125,6 +125,17 @@ class BlockPool:
         self._free.extend(self._cached)
         self._cached.clear()
 
+    def rebuild(self, tables: Iterable[Iterable[int]]) -> None:
+        """Count anew who holds what, by everybody's tables; nothing that was written is found any more."""
+        self._cached.clear()
+        self._by_digest.clear()
+        self._digests = [None] * self.num_blocks
+        self._holders = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                self._holders[block] += 1
+        self._free = deque(b for b, holders in enumerate(self._holders) if not holders)
+
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Compare with everybody's tables.
 

@@ -20,7 +20,8 @@ class Sampler:
     """An `Epilogue` for requests whose `params` are `SamplingParams`; None is greedy decoding."""
 
     def __init__(self, vocab: int, device: torch.device | str, rows: int = 8) -> None:
-        self.settings = Settings(vocab, device, rows)
+        with torch.inference_mode(False):  # what is made here is written to in later calls
+            self.settings = Settings(vocab, device, rows)
 
     @property
     def graph_key(self) -> Hashable:

@@ -174,6 +174,11 @@ class PageTables:
             written += sum(filled.values())
         return Use(allocated, written)
 
+    def rebuild(self, sequences: Items[Sequence]) -> None:
+        """Only these hold pages, as their tables say."""
+        for group, pool in enumerate(self.pools):
+            pool.rebuild([b for b in s.tables[group] if b >= 0] for s in sequences)
+
     def check(self, sequences: Items[Sequence]) -> None:
         """Raise AssertionError where pools and tables do not agree, or a block that is not full is shared."""
         for group, pool in enumerate(self.pools):

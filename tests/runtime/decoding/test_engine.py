@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 from typing import Any
 
@@ -101,6 +102,51 @@ def test_an_error_leaves_the_pool_clean(error: type[BaseException], where: str) 
     clean(engine)
     flat.fail_at = -1
     assert engine.run([Request(p) for p in given], Greedy()) == [flat.greedy(p, 20) for p in given]
+
+
+def test_an_interrupt_at_any_line_leaves_the_pool_clean() -> None:
+    """Ctrl-C comes between any two lines; a session that is open meanwhile goes on afterwards."""
+    engine, flat = build(prefix_sharing=False)
+    given = [Request(p, max_new_tokens=12) for p in prompts(5)]
+    expected = [flat.greedy(r.tokens, 12) for r in given]
+    session = engine.session([[7, 8, 9]], 100)
+    logits = session.prefill()
+    known = [7, 8, 9]
+    lines = 0
+    stop = -1
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if "decoding" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            return None
+        if event == "line" and engine._running is not None:
+            lines += 1
+            if lines == stop:
+                raise KeyboardInterrupt
+        return trace
+
+    def run() -> list[list[int]]:
+        nonlocal lines
+        lines, before = 0, sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return engine.run(given, Greedy())
+        finally:
+            sys.settrace(before)
+
+    assert run() == expected == run()
+    for place in range(1, lines * 9 // 10, max(1, lines // 60)):
+        stop = place
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        engine.executor.tables.check(session.sequences)
+        known.append(int(logits.argmax()))
+        logits = session.step(logits.argmax(-1))
+    stop = -1
+    assert run() == expected
+    assert known[3:] == flat.greedy([7, 8, 9], len(known) - 3)
+    session.close()
+    clean(engine)
 
 
 def test_one_request_that_cannot_fit_stops_all_before_anything_runs() -> None:

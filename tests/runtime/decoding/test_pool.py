@@ -77,6 +77,15 @@ def test_nothing_is_found_after_the_weights_changed() -> None:
     pool.check([[b]])
 
 
+def test_counted_anew_only_tables_hold_blocks() -> None:
+    pool = BlockPool(4)
+    blocks = [pool.allocate() for _ in range(4)]
+    pool.register(blocks[0], b"a")
+    pool.rebuild([[1, 2], [2]])
+    pool.check([[1, 2], [2]])
+    assert pool.available == 2 and pool.find(b"a") is None
+
+
 def test_random_use_leaks_nothing() -> None:
     pool, rng, tables = BlockPool(13), random.Random(0), [[] for _ in range(5)]
     names = [bytes([i]) for i in range(20)]

@@ -12,6 +12,7 @@ from paged_flat import Greedy, TinyFlat, prompts
 
 from regraft.runtime.decoding.engine import Engine
 from regraft.runtime.decoding.memory import Limits
+from regraft.runtime.decoding.params import SamplingParams
 from regraft.runtime.decoding.requests import Request
 from regraft.runtime.decoding.sampling import Sampler
 from regraft.runtime.decoding.sequences import State
@@ -131,6 +132,8 @@ def test_inference_mode_of_a_caller_does_not_stay(first: bool) -> None:
         sampler = Sampler(flat.vocab, "cpu")
         assert engine.run([Request([1, 2, 3])], sampler) == [flat.greedy([1, 2, 3], 20)]
     with torch.inference_mode(not first):
+        drawn = Request([1, 2, 3], SamplingParams(do_sample=True, top_k=1, repetition_penalty=1.0001))
+        assert engine.run([drawn], sampler) == [flat.greedy([1, 2, 3], 20)]
         assert engine.run([Request([1, 2, 3, 4])], sampler) == [flat.greedy([1, 2, 3, 4], 20)]
         session = engine.session([[1, 2]], 3)
         logits = session.prefill()

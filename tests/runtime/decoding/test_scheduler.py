@@ -139,18 +139,6 @@ def test_the_oldest_is_never_preempted() -> None:
     assert call.scheduler.preemptions > 0 and ends == sorted(ends)
 
 
-def test_an_end_leaves_nothing_behind() -> None:
-    """What is under way when a call is closed is given back, and nothing of it can be found."""
-    call, _ = build((40,))
-    for i in range(5):
-        call.add(Request(list(range(i, 20)), max_new_tokens=30))
-    for _ in range(4):
-        call.step()
-    call.close()
-    call.scheduler.tables.check([])
-    assert call.done and call.scheduler.tables.pools[0]._by_digest == {}
-
-
 def test_rows_move_together_when_the_batch_shrinks() -> None:
     call, _ = build((200,), batch=8, sharing=False)
     requests = [Request([i], max_new_tokens=60 if i == 7 else 5) for i in range(8)]
