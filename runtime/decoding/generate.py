@@ -92,13 +92,13 @@ class Decoding:
             self._engine = self.make(self.model, self._engine)
             return self._engine
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, method: str = "generate") -> None:
         """Warn, once for each text."""
         with self.lock:
             first = text not in self._said
             self._said.add(text)
         if first:
-            warnings.warn(f"{type(self.model).__name__}.generate: {text}", RegraftWarning, stacklevel=4)
+            warnings.warn(f"{type(self.model).__name__}.{method}: {text}", RegraftWarning, stacklevel=4)
 
     def count(self, way: str) -> None:
         """One more call went this way."""
@@ -142,9 +142,7 @@ class PrepareCache:
             if engine is not None:
                 cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
                 call.caches.append(cache)
-                generation_config.use_cache = (
-                    True  # False: a default of the model's
-                )
+                generation_config.use_cache = True  # False: a default of the model's
                 call.way = "HuggingFace's loop over pages"
                 model_kwargs["past_key_values"] = cache
                 return None

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationMixin
 
 from .generate import Decoding, Generate, Make, PrepareCache
+from .generate_batch import GenerateBatch
 
 if TYPE_CHECKING:
     from ..dispatch import Dispatch
 
-NAMES = ("generate", "_prepare_cache_for_generation")
+NAMES = ("generate", "generate_batch", "_prepare_cache_for_generation")
 
 
 def install(model: Any, dispatch: Dispatch, make: Make) -> None:
@@ -25,6 +26,7 @@ def install(model: Any, dispatch: Dispatch, make: Make) -> None:
         return
     decoding = Decoding(dispatch, make)
     model.__dict__["generate"] = Generate(decoding)
+    model.__dict__["generate_batch"] = GenerateBatch(decoding)
     model.__dict__["_prepare_cache_for_generation"] = PrepareCache(decoding)
 
 

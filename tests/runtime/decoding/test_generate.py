@@ -359,7 +359,8 @@ def test_copies_and_restore() -> None:
         assert twin.generate.decoding.engine() is not pair.engine
     engine, before = pair.engine, pair.plain.generate(**PROMPT, max_new_tokens=4)
     regraft.restore(pair.model)
-    assert "generate" not in pair.model.__dict__ and "_prepare_cache_for_generation" not in pair.model.__dict__
+    for name in ("generate", "generate_batch", "_prepare_cache_for_generation"):
+        assert name not in pair.model.__dict__
     assert torch.equal(pair.model.generate(**PROMPT, max_new_tokens=4), before)
     assert engine.ran == 1
 
