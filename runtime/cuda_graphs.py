@@ -232,7 +232,7 @@ class Graphs:
             _leave_capture(device, current)
             return None
         except RuntimeError as error:
-            self.refused = f"a CUDA graph could not be captured: {_first(error)}"
+            self.refused = f"a CUDA graph could not be captured: {first_message(error)}"
             log.warning("%s; forwards run without one", self.refused)
             _leave_capture(device, current)
             return None
@@ -324,7 +324,7 @@ def _same(one: Any, other: Any) -> bool:
     return bool(apart <= max(4 * torch.finfo(one.dtype).eps, 1e-4) * size)
 
 
-def _first(error: BaseException) -> str:
+def first_message(error: BaseException) -> str:
     """The message of what went wrong first: ending a capture that failed raises once more."""
     while error.__context__ is not None:
         error = error.__context__

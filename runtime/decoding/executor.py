@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import logging
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import numerics
 from .buckets import batch_bucket, batch_buckets, token_bucket
 from .flat import FlatProgram
-from .graphs import StepGraphs
+from .graphs import NotCaptured, StepGraphs
 from .memory import LONGEST, Limits, block_bytes, count_blocks
 from .packing import packed, unpacked
 from .pages import Pages
@@ -24,9 +25,11 @@ from .sequences import Sequence
 from .state import RING, DecodeState
 from .tables import PageTables
 
+log = logging.getLogger("regraft")
+
 MAX_PREFILLS: Final = 24
 """CUDA graphs of mixed steps."""
-SHORT: Final = 512
+SHORT: Final = 256
 """Tokens of a mixed step that is rounded up to a bucket and, when it comes again, run by a CUDA graph."""
 UNBOUNDED: Final = 1 << 30
 """The limit of a row whose host counts its steps itself."""
@@ -197,8 +200,20 @@ class Executor:
         if key not in self.graphs:
             nothing = packed((), rows, padded, len(self.flat.groups), self.limits.block_size)
             words.copy_(nothing)
-            self.graphs.capture(key, lambda: self._compute(words, rows, padded, padded))
+            self.graphs.announce("prefill, tokens", [padded], 4 * rows * self.flat.vocab)
+            if not self._captured(key, lambda: self._compute(words, rows, padded, padded)):
+                return None
         return words
+
+    def _captured(self, key: Hashable, function: Callable[[], Any]) -> bool:
+        """Capture a graph; where that fails, every step is launched kernel by kernel from now on."""
+        assert self.graphs is not None
+        try:
+            self.graphs.capture(key, function)
+        except NotCaptured as error:
+            log.warning("decoding could not be captured as a CUDA graph and runs without: %s", error)
+            self.graphs = None
+        return self.graphs is not None
 
     def _compute(self, words: Tensor, rows: int, padded: int, max_q: int) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
@@ -234,9 +249,10 @@ class Executor:
         self._fresh()
         wanted = [b for b in reversed(batch_buckets(batch)) if self._key(b, epilogue) not in self.graphs]
         if wanted:
-            self.graphs.announce(wanted, 4 * wanted[0] * self.flat.vocab)
+            self.graphs.announce("decoding, batch", wanted, 4 * wanted[0] * self.flat.vocab)
         for rows in wanted:
-            self._capture(rows, epilogue)
+            if not self._capture(rows, epilogue):
+                return
 
     def _begin(self, chunks: Items[Chunk], limits: dict[int, int], tokens_follow: bool = False) -> int:
         self._fresh()
@@ -255,23 +271,23 @@ class Executor:
 
     def _decode(self, rows: int, epilogue: Epilogue | None) -> Tensor:
         key = self._key(rows, epilogue)
+        if self.graphs is not None and key not in self.graphs:
+            self.graphs.announce("decoding, batch", [rows], 4 * rows * self.flat.vocab)
+            self._capture(rows, epilogue)
         if self.graphs is None:
             return self._one(rows, epilogue)
-        if key not in self.graphs:
-            self.graphs.announce([rows], 4 * rows * self.flat.vocab)
-            self._capture(rows, epilogue)
         logits: Tensor = self.graphs.replay(key)
         return logits
 
-    def _capture(self, rows: int, epilogue: Epilogue | None) -> None:
+    def _capture(self, rows: int, epilogue: Epilogue | None) -> bool:
         """While no row is in use, so that nothing is written."""
-        assert self.graphs is not None
         state = self.state
         kept = [t.clone() for t in (state.limits, state.tick, state.ids)]
         state.limits.zero_()
-        self.graphs.capture(self._key(rows, epilogue), lambda: self._one(rows, epilogue))
+        captured = self._captured(self._key(rows, epilogue), lambda: self._one(rows, epilogue))
         for tensor, value in zip((state.limits, state.tick, state.ids), kept):
             tensor.copy_(value)
+        return captured
 
     @torch.no_grad()
     def _one(self, rows: int, epilogue: Epilogue | None) -> Tensor:

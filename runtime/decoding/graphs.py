@@ -8,12 +8,17 @@ from typing import Any, Final
 
 import torch
 
-from ..cuda_graphs import capture_alone
+from ..cuda_graphs import capture_alone, first_message
+from ..errors import RegraftError
 
 MAX_GRAPHS: Final = 64
 """Graphs of one executor; the one that was made first goes when there are more."""
 WARM: Final = 2
 """Runs before a capture: kernels are compiled in the first, their launch plans noted in the second."""
+
+
+class NotCaptured(RegraftError):
+    """A step cannot be captured: it looks at a value, or there is no memory for the graph."""
 
 
 class StepGraphs:
@@ -47,9 +52,16 @@ class StepGraphs:
         """Make the graph of a function that may run any number of times without effect.
 
         Raises:
-            RuntimeError: the function does what cannot be captured, such as looking at a value.
+            NotCaptured: there is no graph of it.
         """
         started = time.perf_counter()
+        try:
+            self._capture(key, function)
+        except RuntimeError as error:
+            raise NotCaptured(first_message(error)) from error
+        self._seconds = time.perf_counter() - started
+
+    def _capture(self, key: Hashable, function: Callable[[], Any]) -> None:
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         with capture_alone(self.device) as stream, torch.no_grad():
@@ -65,15 +77,13 @@ class StepGraphs:
                 result = function()
             self._graphs[key] = (graph, result)
             self.held += max(0, torch.cuda.memory_reserved(self.device) - before)
-        self._seconds = time.perf_counter() - started
 
-    def announce(self, sizes: Sequence[int], bytes_each: int) -> None:
-        """Say what a warm-up is about to do: graphs of these batches, with their seconds and memory as estimated."""
+    def announce(self, what: str, sizes: Sequence[int], bytes_each: int) -> None:
+        """Say which graphs are about to be captured, and how long that takes and what it holds, as estimated."""
         if self._verbose:
             seconds = (self._seconds or 1.0) * len(sizes)
-            batches = f"batch{'es' if len(sizes) > 1 else ''} of {', '.join(map(str, sizes))}"
             print(
-                f"regraft: capturing {len(sizes)} CUDA graph{'s' if len(sizes) > 1 else ''} of decoding ({batches}): "
-                f"about {seconds:.0f} s and {max(1, bytes_each >> 20)} MiB",
+                f"regraft: capturing {len(sizes)} CUDA graph{'s' if len(sizes) > 1 else ''} ({what} "
+                f"{', '.join(map(str, sizes))}): about {seconds:.1f} s and {max(1, bytes_each >> 20)} MiB",
                 flush=True,
             )

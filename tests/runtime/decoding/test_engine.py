@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import random
 import sys
 import threading
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 from paged_flat import VOCAB, Greedy, TinyFlat, prompts
 
+from regraft.runtime.decoding.calls import Call
 from regraft.runtime.decoding.engine import Engine
 from regraft.runtime.decoding.memory import Limits, count_blocks
 from regraft.runtime.decoding.requests import Request
+from regraft.runtime.decoding.scheduler import Scheduler
 from regraft.runtime.errors import InputError, OptionError, RegraftError
 
 
@@ -188,6 +192,35 @@ def test_a_call_within_a_call_is_refused() -> None:
         caught.append(error)
 
     assert engine.run([request], Greedy(), on_token) == [flat.greedy([1, 2, 3], 20)] and len(caught) == 20
+    clean(engine)
+
+
+def test_random_requests_with_cancellations(checked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in a small cache; REGRAFT_STRESS=10000 runs more of them."""
+    flat, rng = TinyFlat(), random.Random(5)
+    block = 16 * 2 * 2 * 8 * 4 * 2  # tokens, K and V, heads, dim, bytes, layers
+    monkeypatch.setattr("regraft.runtime.decoding.memory.free_bytes", lambda device: 10 * block)
+    engine = Engine(flat, "cpu", Limits(max_batch_size=5, memory_fraction=1.0, token_budget=32), model_length=128)
+    total = int(os.environ.get("REGRAFT_STRESS", "500")) // 10
+    scheduler = Scheduler(engine.executor.tables, 5, engine.executor.max_seq_len, 32)
+    call = Call(scheduler, engine.executor, Greedy(), burst=4)
+    given = prompts(total, longest=50)
+    sequences: dict[Any, bool] = {}
+    while len(sequences) < total or not call.done:
+        if len(sequences) < total and rng.random() < 0.5:
+            request = Request(given[len(sequences)][:70], max_new_tokens=rng.randrange(1, 40))
+            sequences[call.add(request)] = False
+        call.step()
+        engine.look(call)
+        if scheduler.running and rng.random() < 0.05:
+            victim = rng.choice(scheduler.running)
+            call.cancel(victim)
+            sequences[victim] = True
+    assert scheduler.preemptions > 0 and any(sequences.values())
+    for sequence, cancelled in sequences.items():
+        produced = sequence.produced
+        assert produced == flat.greedy(sequence.request.tokens, len(produced))
+        assert cancelled or len(produced) == sequence.request.max_new_tokens
     clean(engine)
 
 

@@ -11,6 +11,7 @@ import torch
 from paged_flat import Greedy, TinyFlat, prompts
 
 from regraft.runtime.decoding.engine import Engine
+from regraft.runtime.decoding.graphs import NotCaptured
 from regraft.runtime.decoding.memory import Limits
 from regraft.runtime.decoding.params import SamplingParams
 from regraft.runtime.decoding.requests import Request
@@ -37,8 +38,9 @@ class Repeated:
     def clear(self) -> None:
         self.functions.clear()
 
-    def announce(self, sizes: list[int], bytes_each: int) -> None:
-        self.said.append(list(sizes))
+    def announce(self, what: str, sizes: list[int], bytes_each: int) -> None:
+        if what.startswith("decoding"):
+            self.said.append(list(sizes))
 
     def capture(self, key: Hashable, function: Callable[[], Any]) -> None:
         for _ in range(3):
@@ -122,6 +124,32 @@ def test_graphs_of_weights_that_moved_are_not_replayed() -> None:
     flat.head, flat.version = flat.head * -1, 1
     assert engine.run([Request([1, 2, 3])], sampler) == [flat.greedy([1, 2, 3], 20)]
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_what_cannot_be_captured_runs_all_the_same(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, flat, graphs = build()
+    capture = graphs.capture
+
+    def refused(key: Any, function: Callable[[], Any]) -> None:
+        if key[0] == what:
+            function()
+            raise NotCaptured("operation not permitted when stream is capturing")
+        capture(key, function)
+
+    monkeypatch.setattr(graphs, "capture", refused)
+    given = prompts(4)
+    sampler = Greedy()
+    for _ in range(4):
+        expected = [flat.greedy(p, 12) for p in given]
+        assert engine.run([Request(p, max_new_tokens=12) for p in given], sampler) == expected
+    assert engine.executor.graphs is None
+    assert [r.getMessage() for r in caplog.records if "not permitted" in r.getMessage()] == [
+        "decoding could not be captured as a CUDA graph and runs without: "
+        "operation not permitted when stream is capturing"
+    ]
 
 
 @pytest.mark.parametrize("first", [True, False])
