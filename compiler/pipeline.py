@@ -48,6 +48,8 @@ class Settings:
     """Example tensors for the USER inputs."""
     model: nn.Module | None = None
     """Where the state that masks and positions read is found; None: masks are kept as they are."""
+    page_dtype: torch.dtype | None = None
+    """Of pages of keys and values, where it is not that of the keys and values."""
     keep_text: bool = False
     """Keep each pass's graph before and after as text, for the report's diff."""
 

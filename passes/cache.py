@@ -30,7 +30,7 @@ from ..compiler.program import Input, InputKind, LayerSpec, Program
 from ..compiler.provenance import module_of, source_of
 from ..compiler.records import PassResult, Rewrite
 from ..compiler.rule import Stage
-from ..kernels.paged_attention import paged_attention
+from ..kernels.paged_attention import PAGE_DTYPES, paged_attention
 
 aten = torch.ops.aten
 
@@ -57,7 +57,8 @@ def cache(program: Program, context: Context) -> PassResult:
     causal = Causal(program, context.settings.model)
     reaches = [causal.of(n) for n in nodes]
     windows = list(dict.fromkeys(r.left for r in reaches))
-    layers = [_layer(n, r, windows.index(r.left)) for n, r in zip(nodes, reaches, strict=True)]
+    dtype = context.settings.page_dtype
+    layers = [_layer(n, r, windows.index(r.left), dtype) for n, r in zip(nodes, reaches, strict=True)]
     inputs = _Inputs(program, nodes[0].meta["val"].fake_mode, context.settings.device)
     steps = inputs.step(len(windows))
     for index, (node, reach, layer) in enumerate(zip(nodes, reaches, layers, strict=True)):
@@ -77,11 +78,11 @@ def cache(program: Program, context: Context) -> PassResult:
     return result
 
 
-def _layer(node: fx.Node, reach: Reach, group: int) -> LayerSpec:
+def _layer(node: fx.Node, reach: Reach, group: int, dtype: torch.dtype | None) -> LayerSpec:
     k, v = (arguments(node)[x].meta["val"] for x in ("k", "v"))
     if any(not isinstance(s, int) for s in (k.shape[1], k.shape[3], v.shape[3])):
         raise CacheError(f"the heads of {module_of(node) or node.name} have no fixed size")
-    return LayerSpec(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), reach.left, group, k.dtype)
+    return LayerSpec(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), reach.left, group, dtype or k.dtype)
 
 
 def _longest(program: Program, model: nn.Module, reaches: Sequence[Reach]) -> tuple[int, str] | None:
@@ -139,7 +140,7 @@ class _Inputs:
     def pages(self, index: int, layer: LayerSpec) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
         """Pages of keys and values of one layer, and their scales."""
         sizes = (len(EXAMPLE) + 1, _PAGE, layer.kv_heads)
-        quantised = layer.dtype.itemsize == 1
+        quantised = layer.dtype in PAGE_DTYPES
         nodes = []
         for name, shape, dtype in (
             ("k", (*sizes, layer.key_dim), layer.dtype),

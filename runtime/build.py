@@ -71,11 +71,12 @@ class Stages(Protocol):
         device: torch.device,
         keep_text: bool = False,
         paged: bool = False,
+        page_dtype: torch.dtype | None = None,
     ) -> CompiledLike:
         """The program after all passes, with their results; `program` stays as it was.
 
         Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text. With
-        `paged`, keys and values lie in pages; raises CacheError where they cannot.
+        `paged`, keys and values lie in pages, of `page_dtype` if not of their own; CacheError where they cannot.
         """
         ...
 

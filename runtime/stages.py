@@ -43,10 +43,11 @@ class Pipeline:
         device: torch.device,
         keep_text: bool = False,
         paged: bool = False,
+        page_dtype: torch.dtype | None = None,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was.
 
-        With `paged` CacheError where keys and values cannot be kept in pages.
+        With `paged` CacheError where keys and values cannot be kept in pages, of `page_dtype` if not of their own.
         """
         off = {name for name, node in deny if node == "*"} | (set() if kernels else {"lower"})
         settings = Settings(
@@ -59,5 +60,6 @@ class Pipeline:
             inputs=program.example,
             model=module,
             keep_text=keep_text,
+            page_dtype=page_dtype,
         )
         return compile_program(program, settings, paged=paged)

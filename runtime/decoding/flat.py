@@ -17,10 +17,11 @@ from ...compiler.capture import capture
 from ...compiler.causal import CacheError
 from ...compiler.errors import CaptureError
 from ...compiler.program import InputKind, LayerSpec, Program
+from ...kernels.paged_attention import PAGE_DTYPES
 from ...passes.cache import EXAMPLE, ROWS
 from ..build import Builder, Unserved, evaluating
 from ..dispatch import Dispatch
-from .flat_check import Checked, check, check_beyond
+from .flat_check import Checked, check, check_beyond, check_scaled
 from .program import FlatProgram, Step
 
 __all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
@@ -28,18 +29,29 @@ __all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
 log = logging.getLogger("regraft")
 
 
-def flat_program(model: nn.Module) -> FlatProgram | Unserved:
+def flat_program(model: nn.Module, page_dtype: torch.dtype | None = None) -> FlatProgram | Unserved:
     """The flat program of an optimized model; the first call makes it, later ones see that it is still right.
+
+    `page_dtype`: float8_e4m3fn or int8, with scales, half the memory of bf16 for some loss; by default the model's.
 
     Call it before each use: after the weights changed it brings packed ones up to date (`FlatProgram.version` is
     another number then), and after they took another form it makes another program. A model that no graph may serve
-    just now, such as one in training mode, is Unserved for as long. Raises ValueError where it is not optimized.
+    just now, such as one in training mode, is Unserved for as long. Raises ValueError where it is not optimized, and
+    for another dtype.
     """
     dispatch = model.__dict__.get("forward")
     if not isinstance(dispatch, Dispatch):
         raise ValueError(f"this {type(model).__name__} is not optimized; call regraft.optimize(model) first")
+    if page_dtype is not None and page_dtype not in PAGE_DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in PAGE_DTYPES)
+        raise ValueError(f"pages of {page_dtype} are not known; give {known}, or None for the model's own dtype")
     reason = dispatch.unservable()
-    return Unserved(reason) if reason is not None else dispatch.once("flat", make)
+    if reason is not None:
+        return Unserved(reason)
+    exact = dispatch.once("flat", make)
+    if page_dtype is None or isinstance(exact, Unserved):
+        return exact
+    return dispatch.once(("flat", page_dtype), lambda builder: make_scaled(builder, exact, page_dtype))
 
 
 def make(builder: Builder) -> FlatProgram | Unserved:
@@ -67,30 +79,33 @@ def make(builder: Builder) -> FlatProgram | Unserved:
     return flat
 
 
+def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -> FlatProgram | Unserved:
+    """The same program over pages of few bits, whose loss the report says."""
+    assert exact.captured is not None and builder.record.generate is not None
+    flat = _compiled(builder, exact.captured, page_dtype)
+    before = [p.recipe for p in builder.weights.packs.values()]
+    builder.weights.pack(flat.recipes)
+    losses = builder.record.generate.setdefault("losses", {})
+    name = str(page_dtype).removeprefix("torch.")
+    try:
+        losses[name] = check_scaled(flat, exact, builder)
+    except CacheError as error:
+        losses[name] = str(error)
+        builder.weights.keep(before)
+        return Unserved(str(error))
+    builder.paged = [*builder.paged, *flat.recipes]
+    flat.unbind()
+    return flat
+
+
 def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
     """Raises CacheError or CaptureError where the model cannot be served so."""
     module, weights = builder.module, builder.weights
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise CacheError("encoder-decoder")
     program = _captured(builder)
-    compiled = builder.stages.compile(
-        program,
-        builder.options,
-        weights.value,
-        verify=builder.options.verify,
-        deny=frozenset((r.rule, "*") for s in builder.record.signatures for r in s.reverted),
-        kernels=True,
-        module=module,
-        device=builder.device,
-        paged=True,
-    )
-    made = compiled.program
-    made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
-    output = next(n for n in made.graph.nodes if n.op == "output")
-    vocab = int(output.args[0][0].meta["val"].shape[-1])
     end = _end_of(program)
-    made.longest = min((x for x in (made.longest, end) if x is not None), default=None)
-    flat = FlatProgram(made, weights, vocab)
+    flat = _compiled(builder, program)
     before = [p.recipe for p in weights.packs.values()]
     weights.pack(flat.recipes)
     try:
@@ -102,6 +117,28 @@ def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
         raise
     builder.paged = flat.recipes
     return flat, checked
+
+
+def _compiled(builder: Builder, program: Program, page_dtype: torch.dtype | None = None) -> FlatProgram:
+    compiled = builder.stages.compile(
+        program,
+        builder.options,
+        builder.weights.value,
+        verify=builder.options.verify,
+        deny=frozenset((r.rule, "*") for s in builder.record.signatures for r in s.reverted),
+        kernels=True,
+        module=builder.module,
+        device=builder.device,
+        paged=True,
+        page_dtype=page_dtype,
+    )
+    made = compiled.program
+    made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
+    made.longest = min((x for x in (made.longest, _end_of(program)) if x is not None), default=None)
+    output = next(n for n in made.graph.nodes if n.op == "output")
+    flat = FlatProgram(made, builder.weights, int(output.args[0][0].meta["val"].shape[-1]))
+    flat.captured = program
+    return flat
 
 
 def _end_of(program: Program) -> tuple[int, str] | None:

@@ -25,6 +25,7 @@ from ...compiler.causal import CacheError
 from ...compiler.cost import called_op
 from ...compiler.program import InputKind, Program
 from ...compiler.verify import Upcast, bound_for, distance, higher, magnitude
+from ...kernels.paged_attention import PAGE_DTYPES
 from ..build import Builder
 from ..certificate import named_outputs
 from ..checks import dtype_of
@@ -38,6 +39,8 @@ CHUNK: Final = 17
 """Tokens of the second prompt in the first step."""
 DECODED: Final = 2
 _LONGEST: Final = 96
+LOSS: Final = 0.1
+"""Root mean square of what pages of few bits may change, as a share of the logits."""
 SAME: Final = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Root mean square of a difference, as a share of the values, that other orders of sums explain; by dtype."""
 
@@ -96,7 +99,7 @@ def _check_apart(flat: FlatProgram, sequences: Sequence[Tensor], builder: Builde
     ragged = run_ragged(raised, sequences, builder.device)
     for tokens, found in zip(sequences, ragged, strict=True):
         book = Book.of(raised, [len(tokens)], builder.device)
-        raised.bind(book.pages)
+        book.bind(raised)
         alone = raised(book.step({0: len(tokens)}, [tokens]))
         off, size = distance(found, alone).rms, magnitude(alone).rms
         if off > SAME[raised.target] * size:
@@ -114,13 +117,25 @@ def check_beyond(flat: FlatProgram, builder: Builder, end: int, bound: float) ->
     results = []
     for padding in (0, end + 1 - len(tokens[0])):
         book = Book.of(flat, [len(tokens[0])], builder.device)
-        flat.bind(book.pages)
+        book.bind(flat)
         try:
             results.append(flat(book.step({0: len(tokens[0])}, tokens, padding=padding)))
         except (RuntimeError, IndexError) as error:
             raise CacheError(f"its code takes at most {end} tokens in all") from error
     if distance(results[1], results[0]).largest > 2 * bound:
         raise CacheError(f"more than {end} tokens in all change its logits")
+
+
+@torch.no_grad()
+def check_scaled(flat: FlatProgram, exact: FlatProgram, builder: Builder) -> float:
+    """The share by which pages of few bits change the logits; raises CacheError where that is more than `LOSS`."""
+    sequences = _sequences(exact, builder)
+    own = FlatProgram(exact.program, builder.weights, exact.vocab)  # whose pages are nobody else's
+    found, wanted = (run_ragged(program, sequences, builder.device) for program in (flat, own))
+    share = distance(found, wanted).rms / magnitude(wanted).rms
+    if not share <= LOSS:
+        raise CacheError(f"pages of {flat.layers[0].dtype} change its logits by {share:.0%}")
+    return share
 
 
 def _sequences(flat: FlatProgram, builder: Builder) -> list[Tensor]:
@@ -172,7 +187,7 @@ def _logits(output: Any) -> Tensor:
 def run_ragged(flat: FlatProgram, sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Logits `[n, V]` of each of three sequences from the flat program, over pages that are made here and bound."""
     book = Book.of(flat, [len(s) for s in sequences], device)
-    flat.bind(book.pages)
+    book.bind(flat)
     chunk = max(1, min(CHUNK, len(sequences[1]) - DECODED - 1))
     takes = [
         {0: len(sequences[0]) - DECODED, 1: chunk, 2: len(sequences[2]) - DECODED},
@@ -198,6 +213,7 @@ class Book:
     """For each group and sequence, its pages."""
     device: torch.device
     done: list[int] = field(default_factory=list)
+    scales: list[tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def of(cls, flat: FlatProgram, lengths: Sequence[int], device: torch.device, page: int = PAGE) -> Book:
@@ -209,13 +225,19 @@ class Book:
         for _ in flat.groups:
             order = torch.randperm(count, generator=generator).tolist()
             tables.append([[order.pop() for _ in range(n)] for n in wanted])
-        pages = []
+        pages, scales = [], []
         for layer in flat.layers:
             shape = (count, page, layer.kv_heads)
             sides = (torch.full((*shape, d), 7.0, device=device) for d in (layer.key_dim, layer.value_dim))
             k, v = (side.to(layer.dtype) for side in sides)
             pages.append((k, v))
-        return cls(pages, tables, device, [0] * len(lengths))
+            scales.append((torch.ones(shape, device=device), torch.ones(shape, device=device)))
+        scaled = flat.layers[0].dtype in PAGE_DTYPES
+        return cls(pages, tables, device, [0] * len(lengths), scales if scaled else None)
+
+    def bind(self, flat: FlatProgram) -> None:
+        """Let a flat program use these pages."""
+        flat.bind(self.pages, self.scales)
 
     def step(self, take: Mapping[int, int], sequences: Sequence[Tensor], padding: int = 0, absent: int = 0) -> Step:
         """The next `take[s]` tokens of each sequence s named, and the rows of all of them.

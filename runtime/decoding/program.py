@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...compiler.program import InputKind, LayerSpec, Program, Recipe
 from ...kernels import choice
+from ...kernels.paged_attention import PAGE_DTYPES
 from ...kernels.replay import ALIGNMENT, observed
 from ...passes.cache import ROWS
 from ..direct import direct
@@ -64,6 +65,8 @@ class FlatProgram:
         self.vocab = vocab
         self.max_positions = None if program.longest is None else program.longest[0]
         """The most tokens that a sequence may have; `program.longest` says why."""
+        self.captured: Program | None = None
+        """The forward over flat tokens as it was captured."""
         self._weights = weights
         self._run = direct(program.gm)
         by_kind = {kind: [i for i in program.inputs if i.kind is kind] for kind in InputKind}
@@ -107,6 +110,8 @@ class FlatProgram:
                     raise ValueError(f"{name} pages of layer {index} are {list(tensor.shape)}, wanted {wanted}")
                 if tensor.dtype != layer.dtype:
                     raise ValueError(f"{name} pages of layer {index} are {tensor.dtype}, wanted {layer.dtype}")
+        if (scales is None) == any(layer.dtype in PAGE_DTYPES for layer in self.layers):
+            raise ValueError(f"pages of {self.layers[0].dtype} {'need' if scales is None else 'have no'} scales")
         given: dict[str, Tensor] = {}
         for kind, pairs in (("", pages), ("_scale", scales or ())):
             for index, (k, v) in enumerate(pairs):

@@ -61,7 +61,7 @@ def test_random_steps_are_as_lone_runs(name: str) -> None:
     for seed, lengths in enumerate([(13, 1, 22, 7), (2, 17), (5,)]):
         sequences = [torch.randint(3, zoo.VOCAB, (n,)) for n in lengths]
         book = Book.of(flat, lengths, CPU, page=(4, 3, 16)[seed])
-        flat.bind(book.pages)
+        book.bind(flat)
         assert_as_alone(model, run_randomly(flat, book, sequences, seed), sequences)
 
 
@@ -72,7 +72,7 @@ def test_pages_behind_a_window_are_not_read() -> None:
     (window,) = flat.groups
     sequences = [torch.randint(3, zoo.VOCAB, (20,))]
     book = Book.of(flat, [20], CPU, page=2)
-    flat.bind(book.pages)
+    book.bind(flat)
     rows = [flat(book.step({0: 14}, sequences))]
     while book.done[0] < 20:
         first = max(0, book.done[0] - window) // 2
@@ -93,7 +93,7 @@ def test_only_the_rows_asked_for() -> None:
     logits = []
     for rows in (torch.arange(10), torch.tensor([5, 9])):
         book = Book.of(flat, [6, 4], CPU)
-        flat.bind(book.pages)
+        book.bind(flat)
         step = book.step({0: 6, 1: 4}, sequences)
         step.rows = rows
         logits.append(flat(step))
@@ -117,7 +117,7 @@ def test_weights_are_shared_and_followed() -> None:
         model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     assert flat_program(model) is flat
     book = Book.of(flat, [9], CPU)
-    flat.bind(book.pages)
+    book.bind(flat)
     assert_as_alone(model, [flat(book.step({0: 9}, sequences))], sequences)
 
     version = flat.version
@@ -125,7 +125,7 @@ def test_weights_are_shared_and_followed() -> None:
     assert flat_program(model) is flat
     assert flat.version != version
     book = Book.of(flat, [9], CPU)
-    flat.bind(book.pages)
+    book.bind(flat)
     assert_as_alone(model, [flat(book.step({0: 9}, sequences))], sequences)
 
     model.double()
@@ -167,3 +167,28 @@ def test_pages_must_fit_and_be_bound() -> None:
         pages = [(wrong, v) for _, v in book.pages]
         with pytest.raises(ValueError, match=match):
             flat.bind(pages)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float8_e4m3fn, 0.05), (torch.int8, 0.02)])
+def test_pages_of_few_bits(dtype: torch.dtype, most: float) -> None:
+    """Rounding to 4 and 8 bits of a row's largest number; the weights stay packed once."""
+    model = regraft.optimize(tiny("llama"), verbose=False)
+    exact = flat_program(model)
+    packs = dict(model.forward.bound.weights.packs)
+    flat = flat_program(model, dtype)
+    assert isinstance(exact, FlatProgram) and isinstance(flat, FlatProgram)
+    assert {layer.dtype for layer in flat.layers} == {dtype}
+    assert model.forward.bound.weights.packs.keys() == packs.keys()
+    sequences = [torch.randint(3, zoo.VOCAB, (n,)) for n in (30, 12)]
+    logits = []
+    for program in (exact, flat):
+        book = Book.of(program, [30, 12], CPU)
+        book.bind(program)
+        logits.append(torch.cat(run_randomly(program, book, sequences, 0)))
+    share = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < share < most
+    assert model.report.to_dict()["generate"]["losses"][str(dtype).removeprefix("torch.")] < most
+    with pytest.raises(ValueError, match="scales"):
+        flat.bind(book.pages)
+    with pytest.raises(ValueError, match="float16"):
+        flat_program(model, torch.float16)
