@@ -5,7 +5,7 @@
   that each key is read once for BLOCK_M of them.
 * SPLIT: the second dimension of the grid divides the keys of each sequence by its own length, which is read on the
   device: one grid serves all lengths, and programs for which nothing is left return. `combine_kernel` puts the parts
-  together; it knows from the length how many there are.
+  together; it knows from the length how many there are, and leaves alone what one program did by itself.
 * FUSED: a sequence's new keys and values are taken from where they were computed, and written into their pages by the
   program that attends to them. Otherwise `write_kernel` has done it before.
 """
@@ -62,7 +62,8 @@ def paged_kernel(
     slopes_ptr,
     k_scale_ptr,
     v_scale_ptr,
-    o_ptr,  # [TOKENS, H, DV]; with SPLIT [TOKENS, H, SPLITS, DV]
+    o_ptr,  # [TOKENS, H, DV]
+    part_ptr,  # with SPLIT: [TOKENS, H, SPLITS, DV]
     state_ptr,  # with SPLIT: [2, TOKENS, H, SPLITS], maximum and total
     TOKENS,
     SEQUENCES,
@@ -236,21 +237,23 @@ def paged_kernel(
             acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
 
     out = (q_first + query) * H + head  # [BLOCK_M]
-    if SPLIT:
-        out = out * SPLITS + split
-        tl.store(state_ptr + out, m, mask=is_query)
-        tl.store(state_ptr + TOKENS.to(tl.int64) * H * SPLITS + out, total, mask=is_query)
-    else:
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head).to(tl.float32) * unit
-            if HAS_SLOPES:
-                sink -= slope * (K - 1).to(tl.float32)
-            m_new = tl.maximum(m, sink)
-            alpha = _exp_of(m - m_new, PRECISE, PRECISE)
-            total = total * alpha + _exp_of(sink - m_new, PRECISE, PRECISE)
-            acc = acc * alpha[:, None]
-        acc = _divide(acc, tl.where(total == 0.0, 1.0, total), PRECISE)
     inside = is_query[:, None] & (dv < DV)[None, :]
+    if SPLIT:  # noqa: SIM102 - as above
+        if (split > 0) | (stop <= top):  # there are other parts
+            part = out * SPLITS + split
+            tl.store(state_ptr + part, m, mask=is_query)
+            tl.store(state_ptr + TOKENS.to(tl.int64) * H * SPLITS + part, total, mask=is_query)
+            tl.store(part_ptr + part[:, None] * DV + dv[None, :], acc, mask=inside)
+            return
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * unit
+        if HAS_SLOPES:
+            sink -= slope * (K - 1).to(tl.float32)
+        m_new = tl.maximum(m, sink)
+        alpha = _exp_of(m - m_new, PRECISE, PRECISE)
+        total = total * alpha + _exp_of(sink - m_new, PRECISE, PRECISE)
+        acc = acc * alpha[:, None]
+    acc = _divide(acc, tl.where(total == 0.0, 1.0, total), PRECISE)
     tl.store(o_ptr + out[:, None] * DV + dv[None, :], acc.to(o_ptr.dtype.element_ty), mask=inside)
     if not SPLIT:
         _clear_rows(o_ptr, cu_q_ptr, TOKENS, SEQUENCES, H * DV)
@@ -301,6 +304,8 @@ def combine_kernel(
     split = tl.arange(0, BLOCK_S)
     first, stop = _keys_of(start // R + K - Q, top, left, split, SPLITS, BLOCK_N, HAS_LEFT)
     is_part = (first < stop) & (split < SPLITS)
+    if (top >= 0) & (tl.max(tl.where(is_part, split, 0), axis=0) == 0):
+        return  # the only part has written the result
     dv = tl.arange(0, BLOCK_DV)
     row = (q_first + query) * H + head
     at = row * SPLITS + split  # [BLOCK_S]

@@ -100,9 +100,9 @@ def paged_attention(
     programs = sequences * kv_heads * blocks
     keys = block_table.shape[1] * page
     splits = splits_of(programs, keys if left < 0 else min(keys, left + max_q), q.device)
-    out, state = o, o
+    part, state = o, o
     if splits > 1:
-        out = empty((tokens, heads, splits, dv), torch.float32, q.device)
+        part = empty((tokens, heads, splits, dv), torch.float32, q.device)
         state = empty((2, tokens, heads, splits), torch.float32, q.device)
     of_pages = (step // page_align for t in (k_pages, v_pages) for step in t.stride()[:3])
     into = (*of_pages, *scale_steps[0])
@@ -153,7 +153,8 @@ def paged_attention(
             q if slopes is None else slopes,
             q if k_scale is None else k_scale,
             q if v_scale is None else v_scale,
-            out,
+            o,
+            part,
             state,
             tokens,
             sequences,
@@ -183,7 +184,7 @@ def paged_attention(
             launch(
                 combine_kernel,
                 (sequences * heads, max_q),
-                out,
+                part,
                 state,
                 cu_seqlens_q,
                 lengths,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,25 @@ class NoDevice:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None]) -> None:
+    """One query, chunks, a width that 16 bytes divide but 16 elements do not, one that they do not, scaled pages."""
+    for width, queries, stored in [
+        (128, 1, half),
+        (128, 300, half),
+        (24, 300, half),
+        (36, 300, half),
+        (128, 300, torch.int8),
+    ]:
+        q, k = torch.empty(2 * queries, 8, width, dtype=half), torch.empty(2 * queries, 2, width, dtype=half)
+        pages = torch.empty(9, 16, 2, width, dtype=stored)
+        scales = None if stored == half else torch.empty(9, 16, 2)
+        ends, lengths = (torch.empty(n, dtype=torch.int32) for n in (3, 2))
+        given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), ends, lengths, ends[None], queries)
+        paged_attention_triton.paged_attention(*given, k_scale=scales, v_scale=scales)
+        plan = paged_attention_triton._plan(width, width, 2, stored.itemsize, 4 * queries, width % 8 == 0)
+        record(f"paged_attention {width} {queries} {stored}", plan[1])
 
 
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
@@ -86,21 +106,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             width, value_width, dtype.itemsize, 300, named.get("mask"), named.get("bias"), True
         )
         record(f"attention {width}/{value_width} {dtype} {list(named)}", plan[1])
-    for width, queries, stored in [
-        (128, 1, half),
-        (128, 300, half),
-        (24, 300, half),
-        (36, 300, half),
-        (128, 300, torch.int8),
-    ]:
-        q, k = torch.empty(2 * queries, 8, width, dtype=half), torch.empty(2 * queries, 2, width, dtype=half)
-        pages = torch.empty(9, 16, 2, width, dtype=stored)
-        scales = [None if stored == half else torch.empty(9, 16, 2)] * 2
-        index = [torch.empty(n, dtype=torch.int32) for n in (3, 2)]
-        given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), *index, index[0][None])
-        paged_attention_triton.paged_attention(*given, queries, None, None, *scales)
-        sizes = (width, width, 2, stored.itemsize, 4 * queries, width % 8 == 0)
-        record(f"paged_attention {width} {queries} {stored}", paged_attention_triton._plan(*sizes)[1])
+    paged(half, record)
     for m, k, dtype in [
         (1, 1024, half),
         (64, 1024, half),
