@@ -77,6 +77,8 @@ class Decoding:
 
     def _begin(self) -> None:
         self.lock = threading.RLock()
+        self.turn = threading.RLock()
+        """Held by the call that the engine serves: pages that others keep while they wait would be missing."""
         self.calls = threading.local()
         self._engine: Serves | str | None = None
         self._said: set[str] = set()
@@ -141,6 +143,7 @@ class PrepareCache:
             engine = self._engine(call, generation_config, generation_mode, model_kwargs)
             if engine is not None:
                 cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
+                decoding.turn.acquire()
                 call.caches.append(cache)
                 generation_config.use_cache = True  # False: a default of the model's
                 call.way = "HuggingFace's loop over pages"
@@ -197,7 +200,11 @@ class Generate:
                 result = original(*args, **kwargs, **extra)
         finally:
             calls.call = outer
-            close_all(call.caches)
+            try:
+                close_all(call.caches)
+            finally:
+                for _ in call.caches:
+                    self.decoding.turn.release()
         self.decoding.count(call.way)
         if isinstance(getattr(result, "past_key_values", None), PagedCache):
             return type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})

@@ -84,7 +84,7 @@ class GenerateBatch:
                 warmup,
                 **kwargs,
             )
-        with _Progress(requests, progress_bar) as progress:
+        with self.decoding.turn, _Progress(requests, progress_bar) as progress:
             outputs = engine.run(requests, on_token=progress.take)
         self.decoding.count("generate_batch")
         return progress.results(outputs, copies=len(requests) // len(inputs), stamped=record_timestamps)

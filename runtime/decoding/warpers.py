@@ -1,5 +1,6 @@
 """HuggingFace's logits processors (transformers/generation/logits_process.py) on rows that each have settings of their
 own: the same operations in the same order, without a value read on the host and without shapes that depend on data.
+No number of the host is an operand of `torch.where`, which would copy it to the device: a graph cannot capture that.
 
 Scores are float32 [S, V], settings [S, 1]. Each function has a setting at which it changes nothing.
 """
@@ -38,7 +39,7 @@ def repeated(history: Tensor, length: Tensor, size: Tensor, largest: int, vocab:
         matches &= (history.gather(1, at) == last) | (back >= size)
     following = history.gather(1, (start + size - 1).clamp(0, most - 1))
     banned = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=history.device)
-    return banned.scatter_(1, torch.where(matches, following, vocab), True)[:, :vocab]
+    return banned.scatter_(1, following.masked_fill(~matches, vocab), True)[:, :vocab]
 
 
 def word_bias(scores: Tensor, words: Tensor, sizes: Tensor, values: Tensor, history: Tensor, length: Tensor) -> Tensor:
@@ -54,13 +55,13 @@ def word_bias(scores: Tensor, words: Tensor, sizes: Tensor, values: Tensor, hist
         last = history.gather(1, (length - back).clamp(min=0))  # [S, 1]
         matches &= (words[:, :, most - 1 - back] == last) | (back >= sizes)
     bias = torch.zeros_like(scores)
-    bias.scatter_add_(1, words[:, :, -1], torch.where(matches, values, 0.0))
+    bias.scatter_add_(1, words[:, :, -1], values.masked_fill(~matches, 0.0))
     return scores + bias
 
 
 def only(scores: Tensor, tokens: Tensor, when: Tensor) -> Tensor:
     """Where `when` [S, 1]: score 0 for `tokens` [S, V] bool, and nothing else."""
-    return torch.where(when, torch.where(tokens, 0.0, REMOVED), scores)
+    return torch.where(when, torch.full_like(scores, REMOVED).masked_fill(tokens, 0.0), scores)
 
 
 def remove_invalid(scores: Tensor, when: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def top_p(scores: Tensor, rest: Tensor) -> Tensor:
     """Remove the least likely tokens that have `rest` = 1 - top_p of the mass together (arXiv 1904.09751); -1: off."""
     ordered, index = scores.sort()
     remove = ordered.softmax(-1).cumsum(-1) <= rest
-    remove[:, -1] = False
+    remove[:, -1].fill_(False)
     return forbid(scores, remove.scatter(1, index, remove))
 
 
@@ -98,7 +99,7 @@ def typical_p(scores: Tensor, mass: Tensor) -> Tensor:
     ordered, index = (-log_p - entropy).abs().sort()
     enough = (scores.gather(1, index).softmax(-1).cumsum(-1) < mass).sum(1, keepdim=True)
     remove = ordered > ordered.gather(1, enough.clamp(max=scores.shape[1] - 1))
-    remove[:, 0] = False
+    remove[:, 0].fill_(False)
     return forbid(scores, remove.scatter(1, index, remove) & (mass < 1))
 
 

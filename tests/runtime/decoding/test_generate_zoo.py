@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from transformers.generation.streamers import BaseStreamer
 
 import regraft
 from regraft.runtime import dispatch
@@ -110,3 +112,43 @@ def test_what_never_fits_is_said_before_anything_runs() -> None:
     for wrong, said in (({"max_len": 3}, "max_seq_len"), ({"block_size": 5}, "block_size=5"), (7, "a mapping")):
         with pytest.raises(regraft.OptionError, match=said):
             regraft.optimize(zoo.build("llama")[0], decoding=wrong)
+
+
+class Interrupts(BaseStreamer):
+    """Ctrl-C while the third token is streamed."""
+
+    def __init__(self) -> None:
+        self.left = 4
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        raise AssertionError("it was interrupted")
+
+
+def test_threads_and_interrupts() -> None:
+    """Calls of several threads do not mix, whichever way they go; an interrupt leaves no page behind."""
+    model, _ = zoo.build("llama")
+    prompt = ragged()
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 10},
+        {"max_new_tokens": 10, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 10, "num_beams": 2},
+        {"max_new_tokens": 10, "num_beams": 3, "eos_token_id": list(range(3, 30))},
+    ]
+    expected = [model.generate(**prompt, **call) for call in calls]
+    model = regraft.optimize(model, verbose=False, decoding={"max_seq_len": 64, "max_batch_size": 9})
+    model.generate(**prompt, max_new_tokens=1)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(model.generate, **prompt, **call) for call in calls * 3]
+        for i, future in enumerate(futures):
+            assert torch.equal(future.result(), expected[i % len(calls)]), calls[i % len(calls)]
+    tables = model.generate.decoding.engine().engine.executor.tables
+    tables.check([])
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompt["input_ids"][1:2], max_new_tokens=40, streamer=Interrupts())
+    tables.check([])
+    assert torch.equal(model.generate(**prompt, **calls[0]), expected[0])

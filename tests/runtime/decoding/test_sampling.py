@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as hf
 
 from regraft.runtime.decoding.noise import gumbel, philox
@@ -292,3 +293,24 @@ def test_params_are_checked() -> None:
     for wrong in ({"temperature": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SamplingParams(**wrong)
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: values read, numbers brought to the device, sizes by data."""
+
+    REFUSED = ("_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(refused) for refused in self.REFUSED), str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_step_can_be_captured(name: str) -> None:
+    sampler, logits = Sampler(VOCAB, "cpu"), torch.randn(1, VOCAB)
+    sampler.assign(0, row(PROMPT[0], translate(PROCESSORS[name], do_sample=False)))
+    with NothingFromTheHost():
+        sampler(logits, torch.ones(1, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="scalar_tensor"), NothingFromTheHost():
+        torch.where(logits > 0, logits, 0.0)
