@@ -116,7 +116,7 @@ class Executor:
         for row in range(self.state.rows):
             wanted = starts.get(row)
             if wanted is None:
-                if self._lengths[row][1] > 0:
+                if self._lengths[row] != (0, 0):
                     self.state.set_length(row, 0, 0)
                     self._lengths[row] = (0, 0)
             elif self._lengths[row] != wanted:

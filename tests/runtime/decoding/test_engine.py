@@ -199,7 +199,7 @@ def test_random_requests_with_cancellations(checked: None, monkeypatch: pytest.M
     """Tensors in a small cache; REGRAFT_STRESS=10000 runs more of them."""
     flat, rng = TinyFlat(), random.Random(5)
     block = 16 * 2 * 2 * 8 * 4 * 2  # tokens, K and V, heads, dim, bytes, layers
-    monkeypatch.setattr("regraft.runtime.decoding.memory.free_bytes", lambda device: 10 * block)
+    monkeypatch.setattr("regraft.runtime.decoding.memory.free_bytes", lambda device: 9 * block)
     engine = Engine(flat, "cpu", Limits(max_batch_size=5, memory_fraction=1.0, token_budget=32), model_length=128)
     total = int(os.environ.get("REGRAFT_STRESS", "500")) // 10
     scheduler = Scheduler(engine.executor.tables, 5, engine.executor.max_seq_len, 32)
@@ -222,6 +222,26 @@ def test_random_requests_with_cancellations(checked: None, monkeypatch: pytest.M
         assert produced == flat.greedy(sequence.request.tokens, len(produced))
         assert cancelled or len(produced) == sequence.request.max_new_tokens
     clean(engine)
+
+
+def test_a_row_that_changed_hands_and_is_free_again_writes_nothing() -> None:
+    """The device still thought it in use by the sequence before, whose pages are others' by now."""
+    engine, flat = build(prefix_sharing=False)
+    call = Call(Scheduler(engine.executor.tables, 4, 128, 40, sharing=False), engine.executor, Greedy(), burst=2)
+    longs = [Request([i, 7, 9], max_new_tokens=100) for i in range(4)]
+    sequences = [call.add(request) for request in longs]
+    for _ in range(6):
+        call.step()
+    call.cancel(sequences[1])
+    short = call.add(Request([5], max_new_tokens=1))
+    while not call.done:
+        call.step()
+        if short.produced and call._flying:
+            state = engine.executor.state
+            assert not bool(state.computed[1] < state.limits[1])
+    assert short.produced == flat.greedy([5], 1)
+    for index in (0, 2, 3):
+        assert sequences[index].produced == flat.greedy(longs[index].tokens, 100)
 
 
 # -- sessions -----------------------------------------------------------------------------------------------------
