@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -305,6 +305,16 @@ def test_one_graph_and_one_plan_serve_all_lengths(queries: int) -> None:
     assert_close(y, expected, exact)
     assert torch.equal(plan(ordered), y)
     assert bool((y[2 * queries :] == 0).all())
+
+
+@on_devices
+def test_triton_needs_neither_number_nor_size_of_pages(device: str) -> None:
+    """Both are symbols when a program is compiled: they come with the pages that it is bound to."""
+    assert KERNEL is not None
+    signature = paged_attention.signature(**batch([1], [9], dtype=torch.float32, device=device).arguments)
+    for name in ("k_pages", "v_pages"):
+        signature[name] = replace(signature[name], shape=(None, None, *signature[name].shape[2:]))
+    assert KERNEL.supports(signature) is None
 
 
 @on_devices
