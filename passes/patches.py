@@ -30,7 +30,8 @@ class Patches(Rule):
 
     def check(self, m: Match) -> Reject | None:
         kernel, sizes = _sizes(m)
-        if list(m.stride) not in (kernel, kernel[:1]) or math.prod(kernel) == 1:
+        stride = list(m.stride) * (len(kernel) if len(m.stride) == 1 else 1)  # one number stands for all dimensions
+        if stride != kernel or math.prod(kernel) == 1:
             return Reject(f"kernel {kernel} and stride {m.stride} make no patches", m.x, quiet=True)
         if len(m.val(m.x).shape) != len(kernel) + 2:
             return Reject("no batch of images", m.x)

@@ -75,12 +75,13 @@ def test_the_rewrite_is_chosen_in_a_model() -> None:
     "small",
     [
         embedded([8, 8], [3, 3], [2, 2]),
+        embedded([6, 8], [2, 4], [2]),
         embedded([8, 8], [2, 2], [2, 2], [1, 1]),
         embedded([8, 8], [2, 2], [2, 2], [0, 0], [2, 2]),
         embedded([8, 8], [1, 1], [1, 1]),
         embedded([8, 8], [2, 2], [2, 2], tokens=False),
     ],
-    ids=["overlapping", "padded", "dilated", "single", "image"],
+    ids=["overlapping", "overlapping in one dimension", "padded", "dilated", "single", "image"],
 )
 def test_others_stay(small: Small) -> None:
     assert not small.apply(Patches(), stage=Stage.FUSE).rewrites
