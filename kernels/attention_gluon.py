@@ -218,7 +218,7 @@ def varlen_attention(
     sequences = cu_seqlens_q.shape[0] - 1
     readable = all(_readable(t) for t in (q4, k4, v4))
     many = _blocks(q.shape[0], sequences) * q.shape[1] > MAX_TILES  # or fewer, see `_run`
-    if not readable or many or 0 in (q.numel(), k.numel(), max_q, sequences) or scale <= 0.0:
+    if not readable or many or 0 in (q.numel(), k.numel(), max_q, max_k, sequences) or scale <= 0.0:
         rest = (block_table, sinks, scale, left, right, softcap)
         return varlen_attention_triton.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *rest)
     o = empty((*q.shape[:2], v.shape[2]), v.dtype, v.device)

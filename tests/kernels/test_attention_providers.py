@@ -9,7 +9,7 @@ import torch
 from kernel_checks import assert_close, layout, oracle
 from torch import Tensor
 
-from regraft.kernels import attention_gluon, attention_triton
+from regraft.kernels import attention_gluon, attention_triton, varlen_attention_triton
 from regraft.kernels.attention import attention
 from regraft.kernels.op import Kernel
 from regraft.kernels.table import PROVIDERS
@@ -254,6 +254,16 @@ def test_sdpa_backends_refuse_what_they_would_compute_otherwise(provider: str) -
     assert supports(attention.signature(q[:, :, :5], k, v, right=0)) is not None
     assert supports(attention.signature(q[:, :, :5], k, v)) is None
     assert supports(attention.signature(q.float(), k.float(), v.float())) is not None
+
+
+@pytest.mark.parametrize(("max_q", "max_k"), [(5, 0), (0, 3)])
+def test_packed_sequences_without_keys_or_queries(max_q: int, max_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may lie behind the last sequence though the longest one has none: nothing is divided among its tiles."""
+    q, k = torch.randn(5, 2, 64), torch.randn(7, 2, 64)
+    cu_q, cu_k = (torch.tensor([0, most], dtype=torch.int32) for most in (max_q, max_k))
+    monkeypatch.setattr(varlen_attention_triton, "varlen_attention", varlen_attention.reference)
+    found = attention_gluon.varlen_attention(q, k, k, cu_q, cu_k, max_q, max_k)
+    assert torch.equal(found, torch.zeros_like(q))
 
 
 def test_tiles_fit_in_shared_memory_and_registers() -> None:
