@@ -30,6 +30,8 @@ LARGEST = 4096
 """Longest sampled window."""
 _LARGEST_BIAS = 512
 _SMALL = (1, 2, 5, 8, 13, 64)
+_NAMED = 80
+"""Masks of so many tokens get a name."""
 _TRIALS = (23, 41)
 """Numbers put in place of those beyond `LARGEST`."""
 _SOURCES = ("mask", "bias", "key_mask")
@@ -135,8 +137,7 @@ class _Look:
         for seen, _ in samples:
             wanted = _window(seen.shape[-1], left, 0)
             if not torch.equal(seen, wanted):
-                kind = name_of_plane(seen, list(range(2, seen.shape[-1])))
-                kind = "bidirectional" if bool(seen.all()) and len(seen) > 1 else kind
+                kind = _kind(max((v for v, _ in samples if len(v) <= _NAMED), key=len))
                 raise CacheError(f"the mask of {self.place} is no causal window ({kind})")
         if bias is None:
             return Reach(left)
@@ -201,6 +202,13 @@ def _window(length: int, left: int, right: int) -> Tensor:
     visible = torch.ones(length, length, dtype=torch.bool)
     visible = visible.triu_(-left) if left >= 0 else visible
     return visible.tril_(right) if right >= 0 else visible
+
+
+def _kind(visible: Tensor) -> str:
+    """A name for `[n, n]`, for people."""
+    if bool(visible.all()):
+        return "bidirectional"
+    return name_of_plane(visible, list(range(2, len(visible)))).split()[0]
 
 
 def _reads_parameters(piece: Slice) -> bool:

@@ -31,6 +31,14 @@ def test_windows_of_any_length(window: int) -> None:
     assert flat.groups == (window - 1,)
 
 
+@pytest.mark.parametrize("size", [6, 8192])
+def test_chunks_are_named(size: int) -> None:
+    """Whether they are sampled, or found with a smaller number in the place of a large one."""
+    found = make(builder_of(tiny("llama4_text", attention_chunk_size=size)))
+    assert isinstance(found, Unserved)
+    assert "no causal window (chunked)" in found.reason
+
+
 def test_slopes_are_those_of_the_paper() -> None:
     """Press et al.: head h of a power of two H has slope 2^(-8 (h + 1) / H)."""
     flat = flat_of(tiny("bloom", n_head=8))

@@ -23,7 +23,7 @@ WINDOWS: dict[str, tuple[int, ...]] = {
 LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128}
 REFUSED = {
     "mamba2": "no attention was recognised",
-    "llama4_text": "chunked 6",
+    "llama4_text": "chunked",
     "phi3_longrope": "how long other sequences are",
     "llama_dynamic": "how long other sequences are",
     "whisper": "encoder-decoder",
