@@ -129,7 +129,7 @@ class _Inputs:
         pages = torch.tensor([2, 0, 3], dtype=torch.int32)
         slots = [int(page) * _PAGE + i for page, length in zip(pages, EXAMPLE, strict=True) for i in range(length)]
         for group in range(groups):
-            for target, value in (("slots", torch.tensor(slots)), ("block_table", pages[:, None])):
+            for target, value in (("slots", torch.tensor(slots)), ("block_table", pages[:, None].repeat(1, 2))):
                 found[f"{target}.{group}"] = self._step(f"{target}.{group}", value)
         return found
 

@@ -16,7 +16,8 @@ from .doctor import doctor
 from .errors import RegraftError
 from .loading import ArgumentError, has_weights
 from .optimize import optimize
-from .profile import profile_model, table_of
+from .profile import table_of
+from .profile_model import profile_model
 from .report import Report
 from .tune import tune
 

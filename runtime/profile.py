@@ -19,16 +19,14 @@ from typing import Any, Final
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import fx
 
-from ..compiler.cost import UNKNOWN_SIZE, node_cost, node_dtype, op_name, over_layers
+from ..compiler.cost import UNKNOWN_SIZE, called_op, node_cost, node_dtype, op_name, over_layers
 from ..compiler.device import Device, device_for
 from ..compiler.program import Program
 from ..compiler.provenance import module_of
 from ..compiler.shapes import evaluate
-from .executable import Executable
-from .loading import inputs_for
-from .optimize import optimize, restore
+from ..kernels.cost import Cost
 
 SHORT_US: Final = 4.0
 """A kernel this short mostly starts and ends."""
@@ -114,70 +112,69 @@ class _Kernel:
 class _Annotated(fx.Interpreter):
     """Runs a graph with each node under its own name."""
 
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.costs: dict[str, Cost] = {}
+        """Of nodes whose cost depends on values: an attention over pages reads what the sequences hold."""
+
     def run_node(self, n: fx.Node) -> Any:
+        own = called_op(n.target)
+        if own is not None and own.name == "paged_attention":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            given = dict(zip((a.name for a in own.overload._schema.arguments), args)) | kwargs
+            page, lengths = given["k_pages"].shape[1], given["lengths"].tolist()
+            blocks = -(-max(lengths) // page)
+            cost = own.cost(**{**given, "block_table": given["block_table"][:, :blocks]})
+            filled = sympy.Rational(sum(lengths), max(1, len(lengths) * blocks * page))
+            self.costs[n.name] = Cost(cost.flops * filled, cost.bytes * filled)
         with torch.profiler.record_function(f"regraft::{n.name}"):
             return super().run_node(n)
 
 
-def profile_model(model: nn.Module, batch: int, length: int, *, trace: Path | None = None) -> list[Phase]:
-    """The phases of a model, which is as it was afterwards: the forward over `[batch, length]`.
-
-    Raises:
-        CaptureError: no graph can serve the forward.
-    """
-    inputs = inputs_for(model, batch, length, mask=False)
-    optimized = optimize(model, example_inputs=inputs, verbose=False, on_error="raise")
-    try:
-        (served, *_) = optimized.forward.graphs
-        with torch.no_grad():
-            return [
-                profile_call(
-                    f"forward {batch}x{length}", served.executable, inputs, lambda: optimized(**inputs), trace=trace
-                )
-            ]
-    finally:
-        restore(model)
-
-
 def profile_call(
-    name: str,
-    executable: Executable,
-    tensors: Mapping[str, torch.Tensor],
-    call: Callable[[], Any],
-    *,
-    trace: Path | None = None,
-    rounds: int = 5,
+    name: str, program: Program, values: Sequence[Any], call: Callable[[], Any], *, trace: Path | None = None
 ) -> Phase:
-    """One phase: `call` is how a user runs `executable` on `tensors`. `trace` is written for Perfetto."""
-    gm = executable.program.gm
-    device = next((t.device for t in tensors.values()), torch.device("cpu"))
-    values = executable.values(tensors)
+    """One phase: `values` are those of the program's placeholders, `call` is how a user runs it.
+
+    `trace` is written for Perfetto.
+    """
+    device = next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
+    lines = profile_graph(program, values, device, trace)
+    return Phase(name, wall_us(call, device), lines)
+
+
+def profile_graph(
+    program: Program, values: Sequence[Any], device: torch.device, trace: Path | None = None
+) -> tuple[Line, ...]:
+    """The kernels of a program, run node by node on these values."""
+    run = _Annotated(program.gm)
     with torch.no_grad():
-        _Annotated(gm).run(*values)
+        run.run(*values)
         _wait(device)
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
         with torch.profiler.profile(activities=activities) as profiler:
-            _Annotated(gm).run(*values)
+            _Annotated(program.gm).run(*values)
             _wait(device)
     with tempfile.TemporaryDirectory() as folder:
         file = trace or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     found = kernels_by_node(events, device.type == "cuda")
-    hints = sizes_of(executable.program, tensors)
-    return Phase(name, _wall_us(call, device, rounds), lines_of(gm.graph, found, device_for(device), hints))
+    return lines_of(program.graph, found, device_for(device), sizes_of(program, values), run.costs)
 
 
-def sizes_of(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[sympy.Symbol, int]:
-    """The value of each symbol of a program when it is called with these tensors."""
+def sizes_of(program: Program, values: Sequence[Any]) -> dict[sympy.Symbol, int]:
+    """The value of each symbol of a program when its placeholders are these."""
     found: dict[sympy.Symbol, int] = {}
-    for node, given in program.placeholder_inputs().items():
+    for node, now in zip(program.placeholder_inputs(), values, strict=True):
         value = node.meta.get("val")
-        if given.target in tensors and isinstance(value, torch.Tensor):
-            for size, now in zip(value.shape, tensors[given.target].shape, strict=True):
+        if isinstance(value, torch.Tensor):
+            for size, known in zip(value.shape, now.shape, strict=True):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    found[size.node.expr] = now
+                    found[size.node.expr] = known
+        elif isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            found[value.node.expr] = int(now)
     return found
 
 
@@ -215,9 +212,16 @@ def kernels_by_node(events: Sequence[Mapping[str, Any]], cuda: bool) -> dict[str
 
 
 def lines_of(
-    graph: fx.Graph, found: Mapping[str, list[_Kernel]], device: Device, hints: Mapping[sympy.Symbol, int]
+    graph: fx.Graph,
+    found: Mapping[str, list[_Kernel]],
+    device: Device,
+    hints: Mapping[sympy.Symbol, int],
+    costs: Mapping[str, Cost],
 ) -> tuple[Line, ...]:
-    """Nodes of the same op at the same place of every layer, added up, longest first."""
+    """Nodes of the same op at the same place of every layer, added up, longest first.
+
+    `costs` holds those of nodes whose sizes do not say it.
+    """
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node in graph.nodes:
         if found.get(node.name):
@@ -225,23 +229,21 @@ def lines_of(
     lines = []
     for (op, module), nodes in groups.items():
         flops = moved = roof = 0.0
+        computes = False
         for node in nodes:
-            cost = node_cost(node)
+            cost = costs[node.name] if node.name in costs else node_cost(node)
             each_flops = float(evaluate(cost.flops, hints, UNKNOWN_SIZE))
             each_bytes = float(evaluate(cost.bytes, hints, UNKNOWN_SIZE))
+            compute_s, memory_s = each_flops / device.flops_of(node_dtype(node)), each_bytes / device.bytes_per_s
+            computes = computes or compute_s > memory_s
             flops, moved = flops + each_flops, moved + each_bytes
-            roof += 1e6 * max(each_flops / device.flops_of(node_dtype(node)), each_bytes / device.bytes_per_s)
+            roof += 1e6 * max(compute_s, memory_s)
         kernels = [k for node in nodes for k in found[node.name]]
         us = sum(k.us for k in kernels)
         by_name: dict[str, float] = {}
         for k in kernels:
             by_name[k.name] = by_name.get(k.name, 0.0) + k.us
         names = tuple(sorted(by_name, key=lambda n: -by_name[n]))
-        computes = any(
-            evaluate(node_cost(n).flops, hints, UNKNOWN_SIZE) / device.flops_of(node_dtype(n))
-            > evaluate(node_cost(n).bytes, hints, UNKNOWN_SIZE) / device.bytes_per_s
-            for n in nodes
-        )
         bound = _bound(us / len(kernels), roof / us if us else 0.0, computes)
         occupancy = sum(k.us * k.occupancy for k in kernels) / us if us else 0.0
         blocks = min(k.blocks for k in kernels)
@@ -274,7 +276,8 @@ def table_of(phase: Phase, most: int = 20) -> list[str]:
     return lines
 
 
-def _wall_us(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+def wall_us(call: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
+    """Microseconds of a call, the median of several, with what it needs warmed up."""
     for _ in range(4):  # shapes that come again are run by CUDA graphs
         call()
     times = []

@@ -131,15 +131,20 @@ class FlatProgram:
         Who calls has made sure that the model's weights are as they were (`flat_program` looks). Raises RuntimeError
         before `bind`.
         """
+        arranged = self.values(step)
+        logits: Tensor = (self._planned(step, arranged) if step.input_ids.is_cuda else self._run(*arranged))[0]
+        return logits[0]
+
+    def values(self, step: Step) -> Sequence[Any]:
+        """What the placeholders of the program's graph are in a call, in their order."""
         if self._pages is None:
             raise RuntimeError("a flat program needs pages: call bind(pages) first")
         own = [read(step) for read in self._of_step]
         values = [*own, *self._pages, *map(getitem, self._tables, self._names), *self._constants]
         packs = self._weights.packs
         values += [packs[key].value for key in self._packs]
-        arranged = self._arrange(values)
-        logits: Tensor = (self._planned(step, arranged) if step.input_ids.is_cuda else self._run(*arranged))[0]
-        return logits[0]
+        arranged: Sequence[Any] = self._arrange(values)
+        return arranged
 
     def _planned(self, step: Step, values: Sequence[Any]) -> Any:
         """The program, each kernel by the plan that was noted when these sizes came last."""

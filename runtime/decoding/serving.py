@@ -9,7 +9,7 @@ from typing import Any
 from ..checks import device_of
 from .engine import Engine
 from .flat import FlatProgram, Unserved, flat_program
-from .generate import Serves
+from .generate import Generate, Serves
 from .memory import Limits
 from .requests import Request
 from .sampling import Sampler
@@ -40,6 +40,13 @@ class Paged:
     def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
         """A batch that goes on in step."""
         return self.engine.session(batch_ids, max_new_tokens)
+
+
+def paged_of(model: Any) -> Paged | None:
+    """The engine that serves `generate` of an optimized model now, or None."""
+    generate = model.__dict__.get("generate")
+    found = generate.decoding.engine() if isinstance(generate, Generate) else None
+    return found if isinstance(found, Paged) else None
 
 
 class Broken(str):

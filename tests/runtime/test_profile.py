@@ -11,7 +11,8 @@ import torch
 from runtime_models import tiny_llama
 
 from regraft.runtime.cli import main
-from regraft.runtime.profile import Line, Phase, kernels_by_node, profile_model, table_of
+from regraft.runtime.profile import Line, Phase, kernels_by_node, table_of
+from regraft.runtime.profile_model import profile_model
 
 
 def annotation(name: str, ts: float, dur: float) -> dict[str, object]:
@@ -62,7 +63,7 @@ def test_a_phase_is_bound_by_what_takes_most_of_it() -> None:
 def test_every_op_of_a_model_is_in_its_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama()
     layers = model.config.num_hidden_layers
-    (phase,) = profile_model(model, 2, 7, trace=tmp_path / "trace.json")
+    phase, decode = profile_model(model, 2, 7, trace=tmp_path / "trace.json")
     count = {n.op: n.count for n in phase.lines if "layers" in n.module and n.op.startswith("regraft.")}
     assert count["regraft.attention"] == layers and count["regraft.gate_up"] == layers
     tokens, width = 2 * 7, model.config.hidden_size
@@ -70,7 +71,14 @@ def test_every_op_of_a_model_is_in_its_profile(tmp_path: Path, capsys: pytest.Ca
     assert up.flops >= layers * 2 * tokens * width * 2 * model.config.intermediate_size
     assert all(n.us > 0 and n.roof_us > 0 for n in phase.lines if n.op.startswith("regraft."))
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "forward" not in vars(model)
+    (read,) = (n for n in decode.lines if n.op == "regraft.paged_attention")
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    # wall time was measured with 9 steps before the one that is profiled: 17 keys and values in each layer and row
+    seen = layers * 2 * 17 * 2 * config.num_key_value_heads * width * 4
+    assert decode.name == "decode 2 x 1 behind 7" and seen <= read.bytes <= 2 * seen
+    assert (tmp_path / "trace_decode.json").exists()
+    assert "forward" not in vars(model) and "generate" not in vars(model)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     assert main(["profile", str(config), "--length", "5", "--device", "cpu", "--json", str(tmp_path / "p.json")]) == 0
@@ -81,7 +89,7 @@ def test_every_op_of_a_model_is_in_its_profile(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_fill_the_call() -> None:
     model = tiny_llama().to("cuda", torch.bfloat16)
-    (phase,) = profile_model(model, 2, 512)
+    phase, _ = profile_model(model, 2, 512)
     assert 0 < phase.device_us < 20 * phase.wall_us
     ops = {n.op for n in phase.lines}
     assert {"regraft.attention", "regraft.gate_up"} <= ops
