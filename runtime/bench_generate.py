@@ -28,6 +28,7 @@ from ..compiler.verify import higher
 from .bench import REGRAFT, Bench, device_name
 from .bench_forward import TimeUp, time_limit
 from .checks import dtype_of, weight_bytes
+from .decoding.serving import paged_of
 from .optimize import optimize, restore
 from .oracle import run_oracle, run_reference
 from .timing import device_rates
@@ -226,7 +227,7 @@ def prepared(choice: str, model: Any, length: int) -> Iterator[Runner]:
     elif choice == REGRAFT:
         optimized = optimize(model, verbose=False)
         try:
-            yield replace(_huggingface(optimized), kv=_contiguous(model))
+            yield replace(_huggingface(optimized), kv=_paged(optimized))
         finally:
             restore(model)
     else:
@@ -367,6 +368,19 @@ def kv_bytes(config: Any, batch: int, length: int, element: int) -> int:
 def _contiguous(model: Any) -> Callable[[int, int], tuple[int, float | None]]:
     element = torch.empty(0, dtype=dtype_of(model)).element_size()
     return lambda batch, length: (kv_bytes(model.config, batch, length, element), None)
+
+
+def _paged(model: Any) -> Callable[[int, int], tuple[int, float | None]]:
+    """Of the most pages held at once so far, or of HF's own cache where the model does not generate over pages."""
+
+    def found(batch: int, length: int) -> tuple[int, float | None]:
+        paged = paged_of(model)
+        if paged is None:
+            return _contiguous(model)(batch, length)
+        stats = paged.engine.stats
+        return stats.peak_kv_bytes, stats.waste
+
+    return found
 
 
 def _rated(result: GenerateResult, model: Any, rates: Mapping[str, float]) -> GenerateResult:
