@@ -47,12 +47,19 @@ def listen(environ: Mapping[str, str] | None = None) -> None:
             raise OptionError(
                 f"REGRAFT_LOGS: unknown topic {topic!r}{closest(topic, TOPICS)} Known: {', '.join(TOPICS)}"
             )
-        logging.getLogger("regraft" if topic == "all" else f"regraft.{topic}").setLevel(logging.INFO)
+        names = ("regraft", *(f"regraft.{t}" for t in TOPICS)) if topic == "all" else (f"regraft.{topic}",)
+        for name in names:
+            logging.getLogger(name).setLevel(logging.INFO)
     root = logging.getLogger("regraft")
     if not root.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
         root.addHandler(handler)
+
+
+def asked_for(topic: str) -> bool:
+    """Whether this very topic was told to speak: what slows a model down is not for every program that logs at INFO."""
+    return logging.NOTSET < logging.getLogger(f"regraft.{topic}").level <= logging.INFO
 
 
 def tell(model: str, entry: SignatureRecord) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from ..compiler.provenance import module_of, source_of
+from .logs import asked_for
 
 log = logging.getLogger("regraft.numerics")
 
 
 def wanted() -> bool:
     """Whether numbers are looked at."""
-    return log.isEnabledFor(logging.INFO)
+    return asked_for("numerics")
 
 
 class Checked(fx.Interpreter):

@@ -9,7 +9,7 @@ import torch
 import zoo
 
 import regraft
-from regraft.runtime import numerics
+from regraft.runtime import logs, numerics
 
 
 def test_the_first_bad_node_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -30,8 +30,20 @@ def test_the_first_bad_node_is_named_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_programs_are_not_looked_at_otherwise(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "regraft")
+    caplog.set_level(logging.INFO)  # of every logger, as programs do that show their own messages
+    caplog.set_level(logging.INFO, "regraft")
     assert not numerics.wanted()
+    caplog.set_level(logging.WARNING, "regraft.numerics")
+    assert not numerics.wanted()
+
+
+@pytest.mark.parametrize("topics", ["numerics", "fusions,numerics", "all"])
+def test_who_asks_is_told(topics: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("regraft", *(f"regraft.{topic}" for topic in logs.TOPICS)):
+        caplog.set_level(logging.NOTSET, name)  # as it is found again after the test
+    monkeypatch.setattr(logging.getLogger("regraft"), "handlers", [logging.NullHandler()])
+    logs.listen({"REGRAFT_LOGS": topics})
+    assert numerics.wanted()
 
 
 def test_masks_are_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
