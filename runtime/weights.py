@@ -189,13 +189,14 @@ class Weights:
         if wanted and any(d.type == "cuda" for d in self._devices):
             release_unused()  # not into what a large activation left
             known = (pack.recipe for pack in self.packs.values())
-            packed = {name for recipe in itertools.chain(known, wanted.values()) for name in recipe.sources}
+            recipes = itertools.chain(known, wanted.values())
+            packed = {id(source) for recipe in recipes for source in self._sources(recipe)}  # by any of its names
             by_first = {recipe.sources[0]: key for key, recipe in wanted.items() if recipe.sources}
             for name in self.slots:
                 if name in by_first:
                     self._make(by_first[name], wanted.pop(by_first[name]))
                     torch.cuda.empty_cache()  # what the sources leave may be too small for the next
-                elif name not in packed:
+                elif id(self.tensor(name)) not in packed:
                     move_small(self.tensor(name))
         for key, recipe in wanted.items():
             self._make(key, recipe)

@@ -13,6 +13,7 @@ from runtime_models import Real, optimized, tiny_llama, tokens
 from torch import fx, nn
 
 from regraft.compiler.program import Recipe
+from regraft.runtime import weights as runtime_weights
 from regraft.runtime.optimize import restore
 from regraft.runtime.weights import Change, Weights
 
@@ -166,6 +167,27 @@ def test_another_form_needs_another_graph(change: Any) -> None:
     assert weights.changes() is Change.FORM
     weights.look_again()
     assert weights.changes() is Change.NONE and not weights.packs
+
+
+def test_a_tied_weight_stays_where_its_copy_was_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights move while others are packed on a GPU; a source must not, whichever of its names comes up."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+
+    def move(tensor: torch.Tensor) -> None:
+        tensor.data = tensor.data.clone()
+
+    monkeypatch.setattr(runtime_weights, "move_small", move)
+    monkeypatch.setattr(runtime_weights, "release_unused", lambda: None)
+    weights = Weights(model)
+    before = [model[i].weight.data_ptr() for i in range(2)]
+    weights._devices = [torch.device("cuda")]
+    weights.pack([doubled("0.weight")])
+    assert [model[i].weight.data_ptr() == before[i] for i in range(2)] == [True, False]
+    assert weights.changes() is Change.NONE
+    weights._devices = [torch.device("cuda")]
+    weights.pack([doubled("1.weight")])
+    assert weights.changes() is Change.NONE
 
 
 def test_a_parameter_is_a_view_of_one_buffer_only() -> None:
