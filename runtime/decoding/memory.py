@@ -46,6 +46,8 @@ class Limits:
     """Tokens of a page."""
     token_budget: int = 2048
     """Tokens of one prefill step: longer prompts are cut, so that others are decoded meanwhile."""
+    kv_dtype: torch.dtype | None = None
+    """float8_e4m3fn or int8: keys and values in half the memory of bf16, for some loss; by default the model's."""
     prefix_sharing: bool = True
     """Whether pages of equal beginnings are shared, also between calls."""
 
@@ -57,6 +59,8 @@ class Limits:
             raise OptionError(f"max_seq_len={self.max_seq_len}: at least 2 is needed")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise OptionError(f"memory_fraction={self.memory_fraction}: expected a number above 0, up to 1")
+        if self.kv_dtype is not None and self.kv_dtype not in PAGE_DTYPES:
+            raise OptionError(f"kv_dtype={self.kv_dtype}: expected one of {', '.join(map(str, PAGE_DTYPES))}")
         if self.block_size not in BLOCK_SIZES:
             raise OptionError(f"block_size={self.block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
 

@@ -71,10 +71,11 @@ def make_engine(model: Any, before: Serves | str | None) -> Serves | str:
 
 
 def _engine_of(model: Any, before: Serves | str | None) -> Serves | str:
-    flat = flat_program(model)
+    options = model.forward.options
+    limits = options.decoding if options.decoding is not None else Limits()
+    flat = flat_program(model, limits.kv_dtype)
     if isinstance(flat, Unserved):
         return flat.reason
     if isinstance(before, Paged) and before.flat is flat:
         return before
-    options = model.forward.options
-    return Paged(flat, model, options.decoding if options.decoding is not None else Limits())
+    return Paged(flat, model, limits)

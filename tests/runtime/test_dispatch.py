@@ -88,12 +88,13 @@ def test_generate_without_cache_never_leaves_the_graph() -> None:
     assert counted(model) == {"graph": 6, "original": 0}
 
 
-def test_generate_with_cache_prefills_by_the_graph(model: transformers.LlamaForCausalLM) -> None:
+def test_huggingfaces_loop_with_a_cache_prefills_by_the_graph(model: transformers.LlamaForCausalLM) -> None:
     before = counted(model)
+    loop = transformers.GenerationMixin.generate
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        out = model.generate(tokens(), max_new_tokens=5, do_sample=False)
-        model.generate(tokens(), max_new_tokens=3, do_sample=False)
+        out = loop(model, tokens(), max_new_tokens=5, do_sample=False)
+        loop(model, tokens(), max_new_tokens=3, do_sample=False)
     assert torch.equal(out, tiny_llama().generate(tokens(), max_new_tokens=5, do_sample=False))
     after = counted(model)
     assert (after["graph"] - before["graph"], after["original"] - before["original"]) == (2, 6)
