@@ -69,7 +69,8 @@ class Executor:
         self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device)
         with_graphs = device.type == "cuda" and not numerics.wanted()
         self.graphs = StepGraphs(device, verbose) if with_graphs else None
-        self._owners: list[Sequence | None] = [None] * self.state.rows
+        self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * self.state.rows
+        """Whose table a row has, and which of the sequence's tables (`written_anew`)."""
         self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
         self._sent: list[list[int]] = [[0] * len(counts) for _ in range(self.state.rows)]
         self._lengths: list[tuple[int, int]] = [(0, 0)] * self.state.rows
@@ -80,16 +81,11 @@ class Executor:
 
     # -- rows of the device -----------------------------------------------------------------------------------------
 
-    def changed(self, sequence: Sequence) -> None:
-        """Its table is another one: what was sent of it does not hold any more."""
-        if sequence.row is not None and self._owners[sequence.row] is sequence:
-            self._owners[sequence.row] = None
-
     def forget(self) -> None:
         """Something went wrong on the way: nothing is known of the device's rows, and they are out of use."""
         self.state.reset()
         self._tick = 0
-        self._owners = [None] * self.state.rows
+        self._owners = [(None, 0)] * self.state.rows
         self._lengths = [(0, 0)] * self.state.rows
         for row, (_, epilogue) in enumerate(self._assigned):
             if epilogue is not None:
@@ -100,8 +96,8 @@ class Executor:
         for sequence in sequences:
             row = sequence.row
             assert row is not None
-            if self._owners[row] is not sequence:
-                self._owners[row] = sequence
+            if self._owners[row] != (sequence, sequence.written_anew):
+                self._owners[row] = (sequence, sequence.written_anew)
                 self._sent[row] = [0] * len(sequence.tables)
                 self._lengths[row] = (-1, -1)
             for group, table in enumerate(sequence.tables):
@@ -145,8 +141,8 @@ class Executor:
                 if epilogue is not None:
                     epilogue.assign(row, None)
                 self._assigned[row] = (None, None)
-            if self._owners[row] in sequences:
-                self._owners[row] = None
+            if self._owners[row][0] in sequences:
+                self._owners[row] = (None, 0)
 
     # -- mixed steps ------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ class Sequence:
         self.computed = 0
         self.tables: list[list[int]] = [[] for _ in range(groups)]
         """Of each group: the block of tokens `i * block_size` and up; -1: behind the window, given back."""
+        self.written_anew = 0
+        """Another number whenever entries of the tables were replaced: otherwise they only grow, and are dropped."""
         self.dropped = [0] * groups
         """Of each group: leading blocks that lie behind the window."""
         self.row: int | None = None

@@ -68,10 +68,7 @@ class Session:
             for sequence in self.sequences:
                 self._room(sequence)
                 if sequence.computed % self._tables.block_size:
-                    made = self._tables.own(sequence, sequence.computed)
-                    if made:
-                        self._executor.changed(sequence)
-                    copies += made
+                    copies += self._tables.own(sequence, sequence.computed)
                 else:
                     self._tables.drop(sequence)
                     self._cover(sequence, sequence.computed + 1)

@@ -139,6 +139,7 @@ class PageTables:
             sequence.tables[group] = []
             sequence.dropped[group] = 0
         sequence.computed = sequence.registered = 0
+        sequence.written_anew += 1
 
     def own(self, sequence: Sequence, position: int) -> list[tuple[int, int, int]]:
         """Make the blocks of a position the sequence's alone; returns (group, from, to) of pages to be copied.
@@ -157,6 +158,7 @@ class PageTables:
             sequence.tables[group][index] = fresh
             if copied:
                 copies.append((group, block, fresh))
+                sequence.written_anew += 1
         sequence.registered = min(sequence.registered, index)
         return copies
 
