@@ -348,6 +348,28 @@ def test_more_sequences_than_go_on_in_step(pair: Pair) -> None:
         pair.check(HUGGINGFACE, **many, num_beams=2)
 
 
+class OwnGenerate(tf.LlamaForCausalLM):
+    """Overrides generate, and calls HuggingFace's twice."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Twice as far."""
+        again = super().generate(*args, **kwargs)
+        return super().generate(again, max_new_tokens=2, pad_token_id=0)
+
+
+def test_models_that_override_generate() -> None:
+    """What they do stays theirs: HuggingFace's loop, the model's work in pages."""
+    plain = OwnGenerate(zoo.config("llama", 1)).eval()
+    model = regraft.optimize(copy.deepcopy(plain), verify="off", verbose=False)
+    model.generate.decoding.make = make
+    assert model.generate.__doc__ == "Twice as far."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RegraftWarning)
+        assert torch.equal(model.generate(**PROMPT, max_new_tokens=3), plain.generate(**PROMPT, max_new_tokens=3))
+    assert model.report.record.generated == {PAGES: 1}
+    assert not model.generate.decoding.engine().open
+
+
 def test_copies_and_restore() -> None:
     pair = Pair("llama")
     pair.check(FAST, **PROMPT, max_new_tokens=4)
