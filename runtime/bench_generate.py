@@ -167,7 +167,9 @@ def _measured(
     result = replace(blank, first_s=time.perf_counter() - start)
     if blank.candidate == EAGER:
         expected[row] = tokens
-    elif blank.candidate != VLLM or tokens.shape == expected[row].shape:
+    elif row not in expected:
+        return replace(result, problem="eager gave no tokens to compare with")
+    elif blank.candidate != VLLM or tokens.shape != expected[row].shape:  # vLLM's weights are others
         differing, wrong = differences(model, ids, expected[row], tokens)
         result = replace(result, differing=differing, problem=wrong)
         if wrong:

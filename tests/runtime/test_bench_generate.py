@@ -73,6 +73,40 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert "not installed" in vllm.problem
 
 
+@pytest.mark.parametrize(("short", "problem"), [(0, ""), (1, "wrong: [2, 5] tokens")])
+def test_of_other_weights_only_the_number_of_tokens_is_compared(
+    short: int, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    real = module.prepared
+
+    @contextmanager
+    def prepared(choice: str, given: Any, length: int) -> Iterator[Any]:
+        with real("eager", given, length) as run:
+            other = replace(run, generate=lambda ids, new: (run.generate(ids, new) + 1)[:, short * (new > 1) :] % 7)
+            yield other if choice == "vllm" else run
+
+    monkeypatch.setattr(module, "prepared", prepared)
+    (found,) = bench_generate(model, [ROW], ["vllm"], rounds=1).results
+    assert found.problem.startswith(problem) and bool(found.problem) is bool(problem)
+    assert (found.step_ms > 0) is not bool(problem)
+
+
+def test_without_eagers_tokens_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.prepared
+
+    @contextmanager
+    def prepared(choice: str, given: Any, length: int) -> Iterator[Any]:
+        if choice == "eager":
+            raise RuntimeError("no memory")
+        with real("eager", given, length) as run:
+            yield run
+
+    monkeypatch.setattr(module, "prepared", prepared)
+    (found,) = bench_generate(tiny_llama(), [ROW], ["regraft"], rounds=1).results
+    assert found.problem == "eager gave no tokens to compare with"
+
+
 def test_a_slower_run_fails_against_its_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = GenerateResult("r", "regraft", 1, 5, 6, ttft_ms=10.0, step_ms=2.0)
     before = {"results": [{"row": "r", "candidate": "regraft", "ttft_ms": 10.0, "step_ms": 1.9, "problem": ""}]}
