@@ -262,11 +262,16 @@ class Graphs:
             captured.counts = [(handle, torch._C._storage_Use_Count(handle)) for handle in handles]
         else:
             shared.copying.add(captured)
+        self._keep(key, captured)
+        return captured
+
+    def _keep(self, key: Shapes, captured: _Captured) -> None:
+        """Add a graph; those of the shapes that were not used for longest make room."""
         self._graphs.setdefault(key, []).append(captured)
+        self._graphs.move_to_end(key)
         while len(self) > MAX_GRAPHS or (self.held > HELD * self._max_output_bytes and len(self._graphs) > 1):
             oldest, _ = self._graphs.popitem(last=False)
             self._seen.pop(oldest, None)
-        return captured
 
     def _compared(self, shared: _Shared, key: Shapes, captured: _Captured, values: Sequence[Any]) -> Any:
         """What a direct call returns; a graph that does not give the same is not used."""

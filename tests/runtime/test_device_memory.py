@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,3 +108,10 @@ def test_a_reason_against_graphs_is_told() -> None:
     graphs.refused = "a CUDA graph could not be captured: it waits"
     assert graphs.told() == "no CUDA graph: a CUDA graph could not be captured: it waits"
     assert "mode" in Graphs(lambda x: (x,), 1, max_output_bytes=0).told()
+
+
+def test_a_second_graph_for_the_same_shapes_does_not_push_itself_out() -> None:
+    graphs = Graphs(lambda x: (x,), 1, max_output_bytes=100)
+    for key in (("a",), ("b",), ("a",)):  # the outputs of a's first one are still held by the caller
+        graphs._keep(key, SimpleNamespace(held=80))  # type: ignore[arg-type]
+    assert list(graphs._graphs) == [("a",)] and len(graphs) == 2
