@@ -35,10 +35,11 @@ def _sigmoid(x):
 @gluon.jit
 def _gelu(x):
     """x * Phi(x), with Phi(-|x|) by Abramowitz and Stegun 7.1.26 (absolute error 1e-7): nothing cancels."""
-    t = _reciprocal(1.0 + 0.2316418882663604 * gl.abs(x))
+    z = gl.minimum(gl.abs(x), 15.0)  # Phi(-15) is 0 in fp32; infinity times that would be NaN
+    t = _reciprocal(1.0 + 0.2316418882663604 * z)
     p = ((((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t
-    tail = p * _exp2(-0.7213475204444817 * x * x)
-    return gl.where(x < 0, x * tail, x - x * tail)
+    tail = z * p * _exp2(-0.7213475204444817 * z * z)
+    return gl.where(x < 0, -tail, x - tail)
 
 
 @gluon.jit

@@ -101,6 +101,16 @@ def test_activations_on_wgmma(kind: str) -> None:
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "quick_gelu", "relu", "identity"])
+def test_products_beyond_float16_stay_infinite(kind: str) -> None:
+    """Activations by the helpers, which find the rounded product, and in the registers of the last tiles."""
+    x = torch.full((4300, 64), 300.0, device="cuda", dtype=torch.float16)
+    weight = torch.full((3080, 64), 4.0, device="cuda", dtype=torch.float16)
+    assert WGMMA["linear_act"].run(x, weight, None, kind).isposinf().all()
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_views_on_wgmma() -> None:
     x, weight, bias = linear(150, 136, 64, torch.bfloat16, "cuda")
     check(WGMMA, linear_act, x.view(3, 50, 64).transpose(0, 1), weight, bias, "relu")
