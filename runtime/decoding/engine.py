@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, RegraftError
+from ..logs import asked_for
 from .calls import Call
 from .executor import Executor
 from .flat import FlatProgram
@@ -231,7 +232,7 @@ class Engine:
         """Note what is held, and under `REGRAFT_LOGS=pages` check every table."""
         tables = self.executor.tables
         held = sum(p.used * b for p, b in zip(tables.pools, self.executor.block_bytes))
-        checked = log.isEnabledFor(logging.INFO)
+        checked = asked_for("pages")
         if not checked and held <= self._peak_bytes + (self._peak_bytes >> 5):
             return
         sequences = [s for session in list(self._sessions) for s in session.sequences]

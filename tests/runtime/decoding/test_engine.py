@@ -39,6 +39,20 @@ def checked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "regraft.pages")
 
 
+def test_tables_are_checked_only_when_their_topic_was_asked_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)  # of every logger, as programs do that show their own messages
+    engine, _ = build(block_size=16)
+    checks: list[int] = []
+    monkeypatch.setattr(engine.executor.tables, "check", lambda sequences: checks.append(len(sequences)))
+    engine.run([Request(p, max_new_tokens=3) for p in prompts(2)], Greedy())
+    assert not checks
+    caplog.set_level(logging.INFO, "regraft.pages")
+    engine.run([Request(p, max_new_tokens=3) for p in prompts(2)], Greedy())
+    assert checks
+
+
 @pytest.mark.parametrize("burst", [1, 8])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_run_equals_lone_runs(burst: int, block_size: int, checked: None) -> None:
