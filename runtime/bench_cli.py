@@ -13,8 +13,9 @@ from .ablate import ablate
 from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
 from .bench import REGRAFT, Bench, summary_table
 from .bench_forward import CANDIDATES, bench_forward
-from .bench_generate import EAGER, GENERATORS, GenerateRow, bench_generate, slower
+from .bench_generate import GenerateRow, bench_generate, slower
 from .bench_kernels import bench_kernels, regressions
+from .generators import EAGER, GENERATORS
 from .loading import DTYPES, ArgumentError
 from .reuse import Earlier
 from .stages import PASS_NAMES

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from ..compiler.provenance import module_of, source_of
-from .logs import asked_for
+from .topics import asked_for
 
 log = logging.getLogger("regraft.numerics")
 

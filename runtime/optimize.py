@@ -20,11 +20,11 @@ from .decoding.serving import make_engine
 from .dispatch import Dispatch
 from .errors import InputError, closest
 from .examples import make_examples
-from .logs import listen
 from .options import Options, PassChoice, make_options
 from .record import Record
 from .report import Report
 from .stages import PASS_NAMES, Pipeline, is_rule
+from .topics import listen
 
 log = logging.getLogger("regraft")
 

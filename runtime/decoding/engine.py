@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, RegraftError
-from ..logs import asked_for
+from ..topics import asked_for
 from .calls import Call
 from .executor import Executor
 from .flat import FlatProgram

@@ -14,8 +14,9 @@ import torch
 from runtime_models import tiny_llama
 
 from regraft.runtime import bench_generate as module
-from regraft.runtime.bench_generate import GenerateResult, GenerateRow, bench_generate, differences, kv_bytes, slower
+from regraft.runtime.bench_generate import GenerateResult, GenerateRow, bench_generate, differences, slower
 from regraft.runtime.cli import main
+from regraft.runtime.generators import kv_bytes
 
 ROW = GenerateRow(2, 5, 6)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from regraft.runtime.errors import InputError, OptionError
-from regraft.runtime.logs import listen
 from regraft.runtime.options import Options, make_options, parse_passes
+from regraft.runtime.topics import listen
 
 PASSES = ("rms_norm", "rope", "attention", "qkv")
 
