@@ -16,6 +16,10 @@ PACKED = ("qweight", "weight_packed", "weight_scale", "SCB")
 """Tensors by which quantised linears are known."""
 
 
+class StandIn:
+    """What `optimize` puts in the place of a module's forward."""
+
+
 def check_model(model: object, *, dry_run: bool = False) -> nn.Module:
     """The model itself, when `optimize` can take it.
 
@@ -94,15 +98,13 @@ def _check_mask(inputs: Mapping[str, Any], prefix: str) -> None:
 
 
 def _check_wrapping(model: nn.Module) -> None:
-    from .dispatch import Dispatch
-
     name = type(model).__name__
-    if isinstance(model.__dict__.get("forward"), Dispatch):
+    if isinstance(model.__dict__.get("forward"), StandIn):
         raise UnsupportedModelError(
             f"this {name} is already optimized; call regraft.restore(model) first to optimize it in another way"
         )
     for module_name, module in model.named_modules():
-        if module_name and isinstance(module.__dict__.get("forward"), Dispatch):
+        if module_name and isinstance(module.__dict__.get("forward"), StandIn):
             raise UnsupportedModelError(
                 f"{module_name} inside this {name} is already optimized; call regraft.restore on it first"
             )

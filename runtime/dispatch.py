@@ -23,7 +23,7 @@ from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .cases import by_tokens
-from .checks import adapters_in, check_inputs
+from .checks import StandIn, adapters_in, check_inputs
 from .decoding.paged_cache import PagedCache
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
@@ -43,7 +43,7 @@ PATIENCE = 30.0
 """Seconds that the graph of one more length may take to make, where each length needs its own (a scan unrolled)."""
 
 
-class Dispatch:
+class Dispatch(StandIn):
     """The instance attribute `forward` of an optimized model.
 
     Calls may come from several threads: captures and repacking hold a lock, running a graph does not.

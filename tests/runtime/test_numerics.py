@@ -9,7 +9,7 @@ import torch
 import zoo
 
 import regraft
-from regraft.runtime import numerics
+from regraft.runtime import numerics, topics
 
 
 def test_the_first_bad_node_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -37,12 +37,12 @@ def test_programs_are_not_looked_at_otherwise(caplog: pytest.LogCaptureFixture) 
     assert not numerics.wanted()
 
 
-@pytest.mark.parametrize("topics", ["numerics", "fusions,numerics", "all"])
-def test_who_asks_is_told(topics: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", ["numerics", "fusions,numerics", "all"])
+def test_who_asks_is_told(wanted: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("regraft", *(f"regraft.{topic}" for topic in topics.TOPICS)):
         caplog.set_level(logging.NOTSET, name)  # as it is found again after the test
     monkeypatch.setattr(logging.getLogger("regraft"), "handlers", [logging.NullHandler()])
-    topics.listen({"REGRAFT_LOGS": topics})
+    topics.listen({"REGRAFT_LOGS": wanted})
     assert numerics.wanted()
 
 
