@@ -318,7 +318,7 @@ def _fast(engine: Serves, requests: list[Request], input_ids: Tensor, streamer: 
     pad = config._pad_token_tensor
     fill = int(pad) if pad is not None else 0  # without one there is no end before the last step either
     padded = [output + [fill] * (longest - len(output)) for output in outputs]
-    sequences: Any = torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    sequences: Any = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)
     return sequences

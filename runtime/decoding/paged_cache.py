@@ -115,7 +115,7 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
     rows: list[list[int]] = input_ids.tolist()
     if attention_mask is None:
         return rows
-    sizes: list[int] = attention_mask.sum(-1).tolist()
+    sizes: list[int] = attention_mask.long().sum(-1).tolist()
     return [row[len(row) - size :] for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -125,7 +125,7 @@ def is_left_padding(attention_mask: Tensor) -> bool:
         return False
     mask = attention_mask.long()
     rises = (mask[:, 1:] >= mask[:, :-1]).all() & (mask[:, -1] == 1).all() & (mask.min() >= 0)
-    return bool(rises)
+    return bool(rises & (mask == attention_mask).all())
 
 
 def are_plain_positions(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

@@ -118,6 +118,8 @@ class Settings:
             floats, ints = self._pack(SamplingParams(), 0, 0)
             self.floats.copy_(_upload(floats, torch.float32, self.device).expand_as(self.floats))
             self.ints.copy_(_upload(ints, torch.int64, self.device).expand_as(self.ints))
+            for stale in (*self.masks.values(), *(words.sizes for words in self.words.values())):
+                stale.zero_()
         self.features = found
 
     def _pack(self, p: SamplingParams, length: int, step: int) -> tuple[list[float], list[int]]:

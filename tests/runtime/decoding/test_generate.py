@@ -110,6 +110,14 @@ def test_without_a_mask_and_without_a_prompt(pair: Pair) -> None:
     pair.check(FAST, max_new_tokens=5)
 
 
+def test_dtypes_of_prompts_and_masks(pair: Pair) -> None:
+    """Whatever HuggingFace takes; tokens come back as int64."""
+    for mask in (MASK.bool(), MASK.float()):
+        pair.check(FAST, input_ids=IDS, attention_mask=mask, max_new_tokens=4, pad_token_id=0)
+    pair.check(PAGES, input_ids=IDS, attention_mask=MASK.float(), max_new_tokens=4, pad_token_id=0, num_beams=2)
+    pair.check(FAST, input_ids=IDS.int(), attention_mask=MASK, max_new_tokens=4, pad_token_id=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -166,6 +166,21 @@ def test_a_row_without_settings_leaves_none_behind() -> None:
     assert sampler.graph_key == Sampler(VOCAB, "cpu").graph_key
 
 
+def test_settings_of_a_row_do_not_outlive_its_sequence() -> None:
+    """Nothing was in use when the row was given to another one; then something is, in the row beside it."""
+    sampler, logits = Sampler(VOCAB, "cpu"), torch.randn(2, VOCAB)
+    active, best = torch.tensor([True, True]), logits.argmax(-1)
+    bias = (((int(best[0] + 1) % VOCAB,), 100.0),)
+    forbidden = SamplingParams(suppress=(int(best[0]),), sequence_bias=bias, bad_words=(((3,), float("-inf")),))
+    harmless = SamplingParams(suppress=(int(logits[1].argmin()),), sequence_bias=(((int(best[1]),), 1.0),))
+    sampler.assign(0, row([5], forbidden))
+    assert sampler(logits, active)[0] == bias[0][0][0]
+    sampler.assign(0, None)
+    sampler.assign(0, row([5], None))
+    sampler.assign(1, row([5], harmless))
+    assert torch.equal(sampler(logits, active), best)
+
+
 def test_the_key_tells_what_is_captured() -> None:
     sampler = Sampler(VOCAB, "cpu")
     sampler.assign(0, row(PROMPT[0], SamplingParams(do_sample=True, top_k=5, temperature=0.5)))
