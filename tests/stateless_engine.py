@@ -16,6 +16,7 @@ from regraft.runtime.decoding.sequences import Sequence
 
 class StatelessEngine:
     rows = 12
+    longest = None
 
     def __init__(self, model: Any) -> None:
         self.forward, self.dtype = model.forward.original, model.dtype

@@ -39,6 +39,10 @@ class Serves(Protocol):
     def rows(self) -> int:
         """The most sequences that go on in step."""
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence beyond which only HuggingFace's loop goes on; None: what is longer is an error."""
+
     def run(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
         """The output of each request, without its prompt, in order; `on_token` gets the request's number."""
 
@@ -140,7 +144,7 @@ class PrepareCache:
         model, call = decoding.model, getattr(decoding.calls, "call", None)
         original = type(model)._prepare_cache_for_generation
         if call is not None:
-            engine = self._engine(call, generation_config, generation_mode, model_kwargs)
+            engine = self._engine(call, generation_config, generation_mode, model_kwargs, max_cache_length + 1)
             if engine is not None:
                 cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
                 decoding.turn.acquire()
@@ -151,8 +155,10 @@ class PrepareCache:
                 return None
         return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
-    def _engine(self, call: _Call, config: GenerationConfig, mode: Any, arguments: Mapping[str, Any]) -> Serves | None:
-        """The engine, or None after saying why not."""
+    def _engine(
+        self, call: _Call, config: GenerationConfig, mode: Any, arguments: Mapping[str, Any], length: int
+    ) -> Serves | None:
+        """The engine, or None after saying why not; `length` is that of the output, padding included."""
         decoding = self.decoding
         if decoding.dispatch.unservable() is not None:  # which its forward says
             return None
@@ -160,8 +166,8 @@ class PrepareCache:
         engine = decoding.engine() if reason is None else None
         if isinstance(engine, str):
             reason, engine = engine, None
-        if engine is not None and call.in_step:
-            reason = too_many(engine, arguments)
+        if engine is not None:
+            reason = too_long(engine, arguments, length) or (too_many(engine, arguments) if call.in_step else None)
             engine = engine if reason is None else None
         if reason is not None:
             decoding.say(f"{reason}: served by HuggingFace's loop")
@@ -330,3 +336,13 @@ def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
     if not isinstance(mask, Tensor) or mask.shape[0] <= engine.rows:
         return None
     return f"{mask.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
+
+
+def too_long(engine: Serves, arguments: Mapping[str, Any], length: int) -> str | None:
+    """Why no sequence can become as long as that, padding included, though HuggingFace's loop can; or None."""
+    mask, longest = arguments.get("attention_mask"), engine.longest
+    if longest is None or length <= longest:
+        return None
+    if isinstance(mask, Tensor):
+        length -= mask.shape[1] - int(mask.long().sum(-1).max())
+    return f"more tokens than the {longest} that the model is made for" if length > longest else None

@@ -23,9 +23,11 @@ class Paged:
 
     def __init__(self, flat: FlatProgram, model: Any, limits: Limits) -> None:
         device = device_of(model)
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.flat, self.limits = flat, limits
-        self.engine = Engine(flat, device, limits, longest)
+        self.longest = length if limits.max_seq_len is None and flat.max_positions is None else None
+        """Of the model, where nothing but its config bounds a sequence: HuggingFace goes on with a warning."""
+        self.engine = Engine(flat, device, limits, length)
         self.sampler = Sampler(flat.vocab, device, rows=limits.max_batch_size)
 
     @property

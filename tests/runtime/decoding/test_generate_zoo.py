@@ -125,6 +125,27 @@ def test_pages_of_int8() -> None:
     assert {layer.dtype for layer in model.generate.decoding.engine().flat.layers} == {torch.int8}
 
 
+def test_beyond_the_length_of_the_model_as_huggingface() -> None:
+    """Where only the model's config bounds a sequence, HuggingFace goes on; padding does not count."""
+    model, _ = zoo.build("llama")
+    model.config.max_position_embeddings = 16
+    prompt = ragged()
+    inside = {name: torch.nn.functional.pad(prompt[name], (4, 0)) for name in ("input_ids", "attention_mask")}
+    calls = [
+        {**prompt, "max_new_tokens": 9},
+        {**prompt, "max_new_tokens": 9, "num_beams": 2},
+        {**inside, "max_new_tokens": 7},
+    ]
+    expected = [model.generate(**call) for call in calls]
+    model = regraft.optimize(model, verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RegraftWarning)
+        for call, e in zip(calls, expected, strict=True):
+            assert torch.equal(model.generate(**call), e)
+    assert sum("more tokens than the 16 that the model is made for" in str(w.message) for w in caught) == 1
+    assert model.report.record.generated == {HUGGINGFACE: 2, FAST: 1}
+
+
 class Interrupts(BaseStreamer):
     """Ctrl-C while the third token is streamed."""
 
