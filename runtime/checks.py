@@ -127,6 +127,12 @@ def adapters_in(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if _from_package(m, "peft")]
 
 
+def adapted(model: nn.Module) -> str | None:
+    """Why no graph may serve the model, where PEFT has put adapters into it since; None where it has not."""
+    names = adapters_in(model)
+    return f"PEFT adapters in the model ({names[0]}), which may be switched between calls" if names else None
+
+
 def _from_package(module: nn.Module, package: str) -> bool:
     return type(module).__module__.partition(".")[0] == package
 

@@ -23,7 +23,7 @@ from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .cases import by_tokens
-from .checks import StandIn, adapters_in, check_inputs
+from .checks import StandIn, adapted, check_inputs
 from .decoding.paged_cache import PagedCache
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
@@ -215,9 +215,9 @@ class Dispatch(StandIn):
     def _capture(self, bound: _Bound, call: Call) -> Served | Unserved:
         if len(self.graphs) >= MAX_SIGNATURES:
             return Unserved(f"a signature beyond the {MAX_SIGNATURES} that are kept")
-        adapters = adapters_in(self.module)
-        if adapters:
-            return Unserved(f"PEFT adapters in the model ({adapters[0]}), which may be switched between calls")
+        reason = adapted(self.module)
+        if reason is not None:
+            return Unserved(reason)
         known = self._table.get(call.key, [])
         assert isinstance(known, list)
         if len(known) >= MAX_VARIANTS:

@@ -20,6 +20,7 @@ from ...compiler.program import InputKind, LayerSpec, Program
 from ...kernels.paged_attention import PAGE_DTYPES
 from ...passes.cache import EXAMPLE, ROWS
 from ..build import Builder, Unserved, evaluating
+from ..checks import adapted
 from ..dispatch import Dispatch
 from .flat_check import Checked, check, check_beyond, check_scaled
 from .program import FlatProgram, Step
@@ -58,6 +59,9 @@ def make(builder: Builder) -> FlatProgram | Unserved:
     started = time.perf_counter()
     record = builder.record
     try:
+        reason = adapted(builder.module)
+        if reason is not None:
+            raise CacheError(reason)
         with evaluating(builder.module):
             flat, checked = _build(builder)
     except (CacheError, CaptureError) as error:

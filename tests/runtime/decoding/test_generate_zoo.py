@@ -146,6 +146,39 @@ def test_beyond_the_length_of_the_model_as_huggingface() -> None:
     assert model.report.record.generated == {HUGGINGFACE: 2, FAST: 1}
 
 
+def test_adapters_are_switched_between_calls() -> None:
+    """PEFT's, put into the optimized model afterwards: off, merged and taken out again, each with its own tokens."""
+    import peft
+
+    wanted = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    plain = peft.get_peft_model(zoo.build("llama")[0], wanted).eval()
+    model = regraft.optimize(zoo.build("llama")[0], verbose=False)
+    adapted = peft.get_peft_model(model, wanted).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(2)  # so that the adapter matters to the tokens
+    adapted.load_state_dict(plain.state_dict())
+    prompt = ragged()
+    found = []
+
+    def same() -> None:
+        expected = plain.generate(**prompt, max_new_tokens=NEW)
+        assert torch.equal(adapted.generate(**prompt, max_new_tokens=NEW), expected)
+        found.append(expected)
+
+    with pytest.warns(RegraftWarning, match=r"generate: PEFT adapters in the model .*q_proj.*HuggingFace's loop"):
+        same()
+    with plain.disable_adapter(), adapted.disable_adapter():
+        same()
+    assert not torch.equal(*found)
+    for which in (plain, adapted):
+        which.merge_adapter()
+    same()
+    assert model.report.record.generated == {HUGGINGFACE: 3}
+    assert torch.equal(adapted.merge_and_unload().generate(**prompt, max_new_tokens=NEW), found[-1])
+    assert model.report.record.generated == {HUGGINGFACE: 3, FAST: 1}
+
+
 class Interrupts(BaseStreamer):
     """Ctrl-C while the third token is streamed."""
 
