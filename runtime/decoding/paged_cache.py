@@ -26,9 +26,11 @@ KNOWN = frozenset(
         "use_cache",
         "return_dict",
         "logits_to_keep",
+        "tokenizer",
     }
 )
-"""Arguments of a step: those that say what the session knows already, and those that change no logits."""
+"""Arguments of a step: those that say what the session knows already, and those that change no logits. HuggingFace's
+loop hands the tokenizer of `stop_strings` on to the model."""
 
 
 class Session(Protocol):

@@ -17,6 +17,8 @@ import torch
 import transformers as tf
 import zoo
 from stateless_engine import StatelessEngine, make
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers.generation.streamers import BaseStreamer
 
 import regraft
@@ -168,6 +170,18 @@ def test_processors_and_criteria_of_the_users_own() -> None:
     given = {"stopping_criteria": tf.StoppingCriteriaList([Until()]), "eos_token_id": 2}
     with pytest.warns(RegraftWarning, match="the stopping criterion Until runs outside"):
         pair.check(PAGES, **PROMPT, max_new_tokens=8, **given)
+
+
+def test_stop_strings(pair: Pair) -> None:
+    """HuggingFace's loop hands their tokenizer on to the model, which has no use for it."""
+    words = {**{f"w{i}": i for i in range(zoo.VOCAB - 1)}, "abcdef": zoo.VOCAB - 1}
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+    whole = pair.plain.generate(**PROMPT, max_new_tokens=9, eos_token_id=None)
+    strings = [f"w{whole[0, 9]}", f"w{whole[2, 12]}"]
+    stopping: dict[str, Any] = {"stop_strings": strings, "tokenizer": tokenizer, "max_new_tokens": 9}
+    actual, _ = pair.check(PAGES, **PROMPT, **stopping)
+    assert (actual[0, 10:] == 0).all()
+    pair.check(PAGES, **PROMPT, **stopping, num_beams=2)
 
 
 def test_a_processor_that_the_user_gives_and_the_engine_knows(pair: Pair) -> None:
