@@ -1,7 +1,7 @@
 """Fuse a residual addition with the norm that reads it:
 
-    s = add(x, residual);  y = rms_norm(s, w, ...)    ->    y, s = add_rms_norm(x, residual, w, ...)
-    s = add(x, residual);  y = layer_norm(s, w, b)    ->    y, s = add_layer_norm(x, residual, w, b)
+s = add(x, residual);  y = rms_norm(s, w, ...)    ->    y, s = add_rms_norm(x, residual, w, ...)
+s = add(x, residual);  y = layer_norm(s, w, b)    ->    y, s = add_layer_norm(x, residual, w, b)
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from ..compiler.apart import apart_until
 from ..compiler.causal import CacheError, Causal, Reach
+from ..compiler.cross import STATES, check_all_visible, forget_input, is_cross
 from ..compiler.opset import OPS, RESHAPES, arguments
 from ..compiler.pipeline import Context
 from ..compiler.positions import positions_allowed
@@ -54,11 +55,16 @@ def cache(program: Program, context: Context) -> PassResult:
         raise CacheError("no attention was recognised whose keys could be kept")
     if context.settings.model is None:
         raise ValueError("the cache pass needs the model, to see what its masks are")
-    causal = Causal(program, context.settings.model)
+    model = context.settings.model
+    crossing = [n for n in nodes if is_cross(program, n)]
+    for node in crossing:
+        check_all_visible(program, node, model)
+    nodes = [n for n in nodes if n not in crossing]
+    causal = Causal(program, model)
     reaches = [causal.of(n) for n in nodes]
     windows = list(dict.fromkeys(r.left for r in reaches))
     dtype = context.settings.page_dtype
-    layers = [_layer(n, r, windows.index(r.left), dtype) for n, r in zip(nodes, reaches, strict=True)]
+    layers = [layer_of(n, r.left, windows.index(r.left), dtype) for n, r in zip(nodes, reaches, strict=True)]
     inputs = _Inputs(program, nodes[0].meta["val"].fake_mode, context.settings.device)
     steps = inputs.step(len(windows))
     for index, (node, reach, layer) in enumerate(zip(nodes, reaches, layers, strict=True)):
@@ -67,10 +73,20 @@ def cache(program: Program, context: Context) -> PassResult:
         kind += "" if reach.slopes is None else ", ALiBi"
         label = f"attention -> paged_attention ({kind})"
         result.rewrites.append(Rewrite("cache", module_of(node), source_of(node), label, (node.name,), (node.name,)))
+    if crossing:
+        states = inputs.encoder()
+        for index, node in enumerate(crossing):
+            _read_encoder(graph, node, inputs.encoder_pages(index, layer_of(node)), states)
+            label = "attention -> paged_attention (all of the encoder's states)"
+            result.rewrites.append(
+                Rewrite("cache", module_of(node), source_of(node), label, (node.name,), (node.name,))
+            )
     _select_rows(program, inputs)
     graph.eliminate_dead_code()
+    if STATES in program.limits.tensors:
+        forget_input(program, STATES, "input_ids")
     program.layers = tuple(layers)
-    program.longest = _longest(program, context.settings.model, reaches)
+    program.longest = _longest(program, model, reaches)
     graph.lint()
     program.gm.recompile()
     result.nodes_after = len(graph.nodes)
@@ -78,11 +94,12 @@ def cache(program: Program, context: Context) -> PassResult:
     return result
 
 
-def _layer(node: fx.Node, reach: Reach, group: int, dtype: torch.dtype | None) -> LayerSpec:
+def layer_of(node: fx.Node, left: int = -1, group: int = 0, dtype: torch.dtype | None = None) -> LayerSpec:
+    """What an attention keeps, in its own dtype or another; raises `CacheError` where its heads have no fixed size."""
     k, v = (arguments(node)[x].meta["val"] for x in ("k", "v"))
     if any(not isinstance(s, int) for s in (k.shape[1], k.shape[3], v.shape[3])):
         raise CacheError(f"the heads of {module_of(node) or node.name} have no fixed size")
-    return LayerSpec(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), reach.left, group, dtype or k.dtype)
+    return LayerSpec(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), left, group, dtype or k.dtype)
 
 
 def _longest(program: Program, model: nn.Module, reaches: Sequence[Reach]) -> tuple[int, str] | None:
@@ -152,6 +169,32 @@ class _Inputs:
             nodes.append(self.add(InputKind.PAGES, f"{name}.{index}", value, dynamic=(0, 1)))
         return nodes[0], nodes[1], nodes[2], nodes[3]
 
+    def encoder(self) -> dict[str, fx.Node]:
+        """What a step says of the encoder's states: each token is a sequence of one query."""
+        tokens = sum(EXAMPLE)
+        table = torch.tensor([[3, -1], [1, 0], [2, -1]], dtype=torch.int32).repeat_interleave(torch.tensor(EXAMPLE), 0)
+        values = {
+            "slots": torch.full((tokens,), -1, dtype=torch.int64),
+            "starts": torch.arange(tokens + 1, dtype=torch.int32),
+            "lengths": torch.tensor([5, 17, 16], dtype=torch.int32).repeat_interleave(torch.tensor(EXAMPLE)),
+            "table": table,
+        }
+        return {name: self._step(f"encoder.{name}", value) for name, value in values.items()}
+
+    def encoder_pages(self, index: int, layer: LayerSpec) -> tuple[fx.Node, fx.Node]:
+        """Pages of what one attention reads of the encoder's states."""
+        sizes = (len(EXAMPLE) + 1, _PAGE, layer.kv_heads)
+        k, v = (
+            self.add(
+                InputKind.PAGES,
+                f"encoder_{name}.{index}",
+                torch.zeros((*sizes, dim), device=self.device, dtype=layer.dtype),
+                dynamic=(0, 1),
+            )
+            for name, dim in (("k", layer.key_dim), ("v", layer.value_dim))
+        )
+        return k, v
+
     def constant(self, target: str, value: Tensor) -> fx.Node:
         """A tensor that is part of the program."""
         return self.add(InputKind.CONSTANT, target, value.to(self.device))
@@ -177,11 +220,39 @@ def _rewrite(
     given = arguments(node)
     slopes = None if reach.slopes is None else _slopes(inputs, reach.slopes)
     with node.meta["val"].fake_mode, graph.inserting_before(node):
-        q, k, v = (_heads_inside(graph, given[x]) for x in ("q", "k", "v"))
+        q, k, v = (heads_inside(graph, given[x]) for x in ("q", "k", "v"))
         table = (steps[f"slots.{layer.group}"], steps["cu_seqlens_q"], steps["lengths"])
         rest = (steps[f"block_table.{layer.group}"], steps["max_q"], given["sinks"], slopes)
         numbers = (given["scale"], reach.left, given["softcap"])
         paged = _call(graph, node, paged_attention.overload, q, k, v, *pages[:2], *table, *rest, *pages[2:], *numbers)
+    _replace(graph, node, paged)
+
+
+def _read_encoder(graph: fx.Graph, node: fx.Node, pages: tuple[fx.Node, fx.Node], states: dict[str, fx.Node]) -> None:
+    """Attention of every token to all states, whose keys and values are there: nothing is written.
+
+    The op's last query sees all keys, so that each token is a sequence of one query. It wants something of the shape of
+    new keys and values, which is q itself: no slot is given, and it is not read.
+    """
+    given = arguments(node)
+    layer = layer_of(node)
+    with node.meta["val"].fake_mode, graph.inserting_before(node):
+        q = heads_inside(graph, given["q"])
+        heads, width = q.meta["val"].shape[1:]
+        if layer.kv_heads > heads or layer.value_dim > width or layer.key_dim != width:
+            raise CacheError(f"{module_of(node) or node.name} reads larger heads of the encoder's states than it has")
+        k = q if layer.kv_heads == heads else _call(graph, node, aten.slice.Tensor, q, 1, 0, layer.kv_heads)
+        v = k if layer.value_dim == width else _call(graph, node, aten.slice.Tensor, k, 2, 0, layer.value_dim)
+        table = (states["slots"], states["starts"], states["lengths"], states["table"])
+        numbers = (given["scale"], -1, given["softcap"])
+        rest = (1, given["sinks"], None, None, None)
+        paged = _call(graph, node, paged_attention.overload, q, k, v, *pages, *table, *rest, *numbers)
+    _replace(graph, node, paged)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, paged: fx.Node) -> None:
+    """`[1, T, H, D]` by `[T, H, D]`."""
+    with node.meta["val"].fake_mode, graph.inserting_before(node):
         batch = _call(graph, node, aten.unsqueeze.default, paged, 0)
     for user in list(node.users):
         if user.target in RESHAPES:  # of [T, H, D] as well as of [1, T, H, D]
@@ -190,7 +261,7 @@ def _rewrite(
     graph.erase_node(node)
 
 
-def _heads_inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def heads_inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """`[1, H, T, D]` as a view `[T, H, D]`."""
     given = arguments(node)
     if node.target is aten.transpose.int and (given["dim0"], given["dim1"]) == (-3, -2):

@@ -1,6 +1,6 @@
 """Fuse the norm of queries and keys with their rotation:
 
-    rope(transpose(rms_norm(x, w, eps)), cos, sin)  ->  norm_rope(transpose(x), w, cos, sin, eps)      (Qwen3, Gemma 3)
+rope(transpose(rms_norm(x, w, eps)), cos, sin)  ->  norm_rope(transpose(x), w, cos, sin, eps)      (Qwen3, Gemma 3)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from . import (
     cache,
     canonicalize,
     eager_attention,
+    encode,
     gate_up,
     glu,
     layer_norm,
@@ -80,7 +81,15 @@ PAGED: tuple[Pass, ...] = (
 )
 """For a graph of flat tokens, whose keys and values lie in pages."""
 
+ENCODED: tuple[Pass, ...] = (
+    *(p for p in PAGED if p.name != "cache"),
+    Pass("encode", Stage.CACHE, run=encode.encode, optional=False),
+)
+"""For the keys and values of an encoder's states."""
 
-def compile_program(program: Program, settings: Settings, *, paged: bool = False) -> Compiled:
-    """Run the pipeline on a copy of `program`; with `paged`, CacheError where keys cannot be kept in pages."""
-    return compile_with(program, PAGED if paged else PASSES, settings)
+FORMS = {"forward": PASSES, "paged": PAGED, "encoded": ENCODED}
+
+
+def compile_program(program: Program, settings: Settings, *, form: str = "forward") -> Compiled:
+    """Run the pipeline on a copy of `program`; CacheError where it cannot have this form."""
+    return compile_with(program, FORMS[form], settings)

@@ -70,13 +70,14 @@ class Stages(Protocol):
         module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
-        paged: bool = False,
+        form: str = "forward",
         page_dtype: torch.dtype | None = None,
     ) -> CompiledLike:
         """The program after all passes, with their results; `program` stays as it was.
 
-        Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text. With
-        `paged`, keys and values lie in pages, of `page_dtype` if not of their own; CacheError where they cannot.
+        Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text. In the
+        `form` "paged" keys and values lie in pages, of `page_dtype` if not of their own; "encoded" are those of an
+        encoder's states; CacheError where they cannot.
         """
         ...
 

@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.model(tune)
     tune.add_argument("--batch", type=arguments.numbers, default=[1], metavar="LIST", help="1,8")
     tune.add_argument("--length", type=arguments.numbers, default=[512], metavar="LIST", help="128,2048")
-    tune.add_argument(
-        "--limit", type=arguments.number, default=60, metavar="S", help="seconds for a kernel and size"
-    )
+    tune.add_argument("--limit", type=arguments.number, default=60, metavar="S", help="seconds for a kernel and size")
     tune.set_defaults(run=_tune)
 
     timed = verbs.add_parser("profile", help="what bounds a model's forward, kernel by kernel")

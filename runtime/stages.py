@@ -42,12 +42,13 @@ class Pipeline:
         module: nn.Module,
         device: torch.device,
         keep_text: bool = False,
-        paged: bool = False,
+        form: str = "forward",
         page_dtype: torch.dtype | None = None,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was.
 
-        With `paged` CacheError where keys and values cannot be kept in pages, of `page_dtype` if not of their own.
+        Raises CacheError where it cannot have this form: `paged`, whose keys and values lie in pages (of `page_dtype`
+        if not of their own), or `encoded`, the keys and values of an encoder's states.
         """
         off = {name for name, node in deny if node == "*"} | (set() if kernels else {"lower"})
         settings = Settings(
@@ -62,4 +63,4 @@ class Pipeline:
             keep_text=keep_text,
             page_dtype=page_dtype,
         )
-        return compile_program(program, settings, paged=paged)
+        return compile_program(program, settings, form=form)

@@ -19,6 +19,8 @@ VOCAB, DIM, WINDOW = 61, 8, 20
 class TinyFlat:
     """Behaves as `FlatProgram` does."""
 
+    encoder = None
+
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         windows = (-1, WINDOW)
         made = torch.Generator().manual_seed(7)
@@ -34,7 +36,7 @@ class TinyFlat:
     def fingerprint(self) -> Any:
         return self.version
 
-    def bind(self, pages: Sequence[tuple[Tensor, Tensor]], scales: Any = None) -> None:
+    def bind(self, pages: Sequence[tuple[Tensor, Tensor]], scales: Any = None, encoder: Any = ()) -> None:
         self.pages = pages
 
     def __call__(self, step: Step) -> Tensor:

@@ -18,6 +18,8 @@ class StatelessEngine:
     rows = 12
     longest = None
 
+    encoder = None
+
     def __init__(self, model: Any) -> None:
         self.forward, self.dtype = model.forward.original, model.dtype
         self.sampler = Sampler(model.config.get_text_config().vocab_size, "cpu")
@@ -32,6 +34,7 @@ class StatelessEngine:
         self,
         requests: list[Request],
         on_token: Callable[[int, int], None] | None = None,
+        states: None = None,
     ) -> list[list[int]]:
         self.ran += 1
         sequences = [Sequence(r, 1) for r in requests]
@@ -51,7 +54,7 @@ class StatelessEngine:
                 active[i] = len(sequence.produced) < request.max_new_tokens and token not in request.stop_tokens
         return [s.produced for s in sequences]
 
-    def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> StatelessSession:
+    def session(self, batch_ids: list[list[int]], max_new_tokens: int, states: None = None) -> StatelessSession:
         assert len(batch_ids) <= self.rows
         return StatelessSession(self, batch_ids, max_new_tokens)
 

@@ -10,14 +10,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError, RegraftError
 from ..topics import asked_for
 from .calls import Call
+from .encoder_pages import Encoded, EncoderPages
 from .executor import Executor
 from .flat import FlatProgram
 from .memory import Limits
@@ -73,7 +75,7 @@ class Engine:
         self._reserved: dict[int, list[int]] = {}
         """Pages of each group that an open session may come to hold, by the session's number."""
         self._numbers = itertools.count()
-        self._lost: deque[tuple[int, list[Sequence]]] = deque()
+        self._lost: deque[tuple[int, list[Sequence], list[Encoded]]] = deque()
         """Of sessions that nobody closed."""
         self._last: Any = None
         self._weights: Hashable = None
@@ -89,12 +91,14 @@ class Engine:
         epilogue: Epilogue,
         on_token: Callable[[int, int], None] | None = None,
         burst: int | None = None,
+        states: Items[Tensor] | None = None,
     ) -> list[list[int]]:
         """Continue all requests, as many at once as there is room for; returns the new tokens of each, in order.
 
         Args:
             epilogue: chooses the tokens. Give the same one in later calls, so that its CUDA graphs serve again.
             on_token: called with the number of the request and each of its tokens, as they arrive.
+            states: of a decoder beside an encoder, the states `[N, E]` that each request sees.
             burst: decoding steps between two looks at the tokens, up to 16; None: 8, or 2 for who listens.
 
         Raises:
@@ -103,14 +107,18 @@ class Engine:
         """
         given = list(requests)
         steps = min(burst, 16) if burst is not None else 8 if on_token is None else 2
-        with self.turn():
+        with self.turn(), self._kept(states) as encoded:
             self._look_at_weights()
             tables = self.executor.tables
             batch = self.limits.max_batch_size
             budget, sharing = self.limits.token_budget, self.limits.prefix_sharing
             scheduler = Scheduler(tables, batch, self.executor.max_seq_len, budget, sharing)
             call = Call(scheduler, self.executor, epilogue, steps)
+            if encoded:
+                given = [replace(r, salt=(r.salt, e.number)) for r, e in zip(given, encoded, strict=True)]
             sequences = [call.add(request) for request in given]
+            for sequence, beside in zip(sequences, encoded):
+                sequence.encoded = beside
             self._running = call
             numbers = {s: i for i, s in enumerate(sequences)}
             warm = len(given) <= batch
@@ -127,12 +135,35 @@ class Engine:
             self._preemptions += scheduler.preemptions
             return [s.produced for s in sequences]
 
-    def session(self, batch_ids: Items[Items[int]], max_new_tokens: int | None = None) -> Session:
+    @contextlib.contextmanager
+    def _kept(self, states: Items[Tensor] | None) -> Iterator[list[Encoded]]:
+        """What is kept of encoders' states, meanwhile."""
+        pages = self._encoder_pages(states)
+        encoded = pages.keep(states) if pages is not None and states is not None else []
+        try:
+            yield encoded
+        finally:
+            if pages is not None:
+                pages.give_back(encoded)
+
+    def _encoder_pages(self, states: Items[Tensor] | None) -> EncoderPages | None:
+        pages = self.executor.encoder
+        if (pages is None) != (states is None):
+            raise ValueError("states of an encoder are given where the model has one, and only there")
+        return pages
+
+    def session(
+        self,
+        batch_ids: Items[Items[int]],
+        max_new_tokens: int | None = None,
+        states: Items[Tensor] | None = None,
+    ) -> Session:
         """A batch of prompts, without padding, that is continued in step.
 
         Args:
             max_new_tokens: tokens that are appended at most: whether they fit is known before anything runs, and no
                 other session takes their pages.
+            states: of a decoder beside an encoder, the states `[N, E]` that each row sees.
 
         Raises:
             InputError: more rows, tokens or pages than there are.
@@ -159,11 +190,26 @@ class Engine:
                         f"{len(batch_ids)} sequences of up to {longest} tokens with {new} new ones need "
                         f"{needed[group]} pages of {tables.block_size} tokens; the KV cache has {free} to give"
                     )
-            session = Session(self, next(self._numbers), batch_ids)
+            pages = self._encoder_pages(states)
+            encoded = pages.keep(states) if pages is not None and states is not None else None
+            session = Session(self, next(self._numbers), batch_ids, encoded)
             self._reserved[session.number] = needed
             self._sessions.add(session)
-            weakref.finalize(session, self._lost.append, (session.number, session.sequences)).atexit = False
+            weakref.finalize(
+                session, self._lost.append, (session.number, session.sequences, session.encoded)
+            ).atexit = False
             return session
+
+    @property
+    def masked(self) -> bool:
+        """Whether `attention_mask` says which of an encoder's states are seen; only where there is an encoder."""
+        return self.executor.encoder is not None and self.executor.encoder.masked
+
+    def refusal(self, lengths: Iterable[int]) -> str | None:
+        """Why states of an encoder, of these lengths, cannot be kept now, or None."""
+        with self.turn():
+            pages = self.executor.encoder
+            return "no encoder" if pages is None else pages.refusal(lengths)
 
     def closed(self, session: Session) -> None:
         """A session gives its pages back."""
@@ -175,7 +221,7 @@ class Engine:
         """Numbers for reports."""
         graphs = self.executor.graphs
         return Stats(
-            kv_bytes=self.executor.pages.nbytes,
+            kv_bytes=self.executor.pages.nbytes + (self.executor.encoder.pages.nbytes if self.executor.encoder else 0),
             peak_kv_bytes=self._peak_bytes,
             waste=self._peak.waste,
             preemptions=self._preemptions,
@@ -194,11 +240,13 @@ class Engine:
             if self._last is not None:
                 self._last.wait()
             while self._lost:
-                number, sequences = self._lost.popleft()
+                number, sequences, encoded = self._lost.popleft()
                 if self._reserved.pop(number, None) is not None:
                     self.executor.release(sequences)
                     for sequence in sequences:
                         self.executor.tables.release(sequence)
+                    if self.executor.encoder is not None:
+                        self.executor.encoder.give_back(encoded)
             try:
                 yield
             except BaseException as error:
@@ -219,6 +267,8 @@ class Engine:
         self._lost.clear()
         self._reserved = {s.number: self._reserved[s.number] for s in sessions if s.number in self._reserved}
         self.executor.tables.rebuild([q for s in sessions for q in s.sequences])
+        if self.executor.encoder is not None:
+            self.executor.encoder.rebuild(e for s in sessions for e in s.encoded)
 
     def _look_at_weights(self) -> None:
         """Pages written with other weights are not shared."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import numerics
 from .buckets import batch_bucket, batch_buckets, token_bucket
+from .encoder_pages import Encoded, EncoderPages
 from .flat import FlatProgram
 from .graphs import NotCaptured, StepGraphs
 from .memory import LONGEST, Limits, block_bytes, count_blocks
@@ -57,20 +58,24 @@ class Executor:
         lengths = [n for n in (limits.max_seq_len, flat.max_positions) if n is not None]
         length = min(lengths) if lengths else model_length or LONGEST
         size = limits.block_size
+        self.encoder = EncoderPages(flat.encoder, limits, device) if flat.encoder is not None else None
+        """What is kept of encoders' states."""
         counts = count_blocks(flat.layers, flat.groups, limits, length, device)
         full = [n for n, left in zip(counts, flat.groups) if left < 0]
         self.max_seq_len = min(length, min(full) * size) if full else length
         self.block_bytes = [block_bytes(flat.layers, group, size) for group in range(len(counts))]
         """Bytes of a page of each group."""
         self.pages = Pages(flat.layers, counts, size, device)
-        flat.bind(self.pages.layers, self.pages.scales)
+        flat.bind(self.pages.layers, self.pages.scales, self.encoder.pages.layers if self.encoder is not None else ())
         self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
         width = -(-self.max_seq_len // size)
-        self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device)
+        beside = self.encoder.width if self.encoder is not None else 0
+        self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device, beside)
         with_graphs = device.type == "cuda" and not numerics.wanted()
         self.graphs = StepGraphs(device, verbose) if with_graphs else None
         self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * self.state.rows
         """Whose table a row has, and which of the sequence's tables (`written_anew`)."""
+        self._encoded: list[Encoded | None] = [None] * self.state.rows
         self._assigned: list[tuple[Sequence | None, Epilogue | None]] = [(None, None)] * self.state.rows
         self._sent: list[list[int]] = [[0] * len(counts) for _ in range(self.state.rows)]
         self._lengths: list[tuple[int, int]] = [(0, 0)] * self.state.rows
@@ -86,6 +91,7 @@ class Executor:
         self.state.reset()
         self._tick = 0
         self._owners = [(None, 0)] * self.state.rows
+        self._encoded = [None] * self.state.rows
         self._lengths = [(0, 0)] * self.state.rows
         for row, (_, epilogue) in enumerate(self._assigned):
             if epilogue is not None:
@@ -100,6 +106,9 @@ class Executor:
                 self._owners[row] = (sequence, sequence.written_anew)
                 self._sent[row] = [0] * len(sequence.tables)
                 self._lengths[row] = (-1, -1)
+            if self._encoded[row] is not sequence.encoded and sequence.encoded is not None:
+                self.state.set_encoder(row, sequence.encoded.blocks, sequence.encoded.length)
+                self._encoded[row] = sequence.encoded
             for group, table in enumerate(sequence.tables):
                 begin = min(self._sent[row][group], len(table))
                 if len(table) > begin:
@@ -214,6 +223,7 @@ class Executor:
     def _compute(self, words: Tensor, rows: int, padded: int, max_q: int) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
         step, sampled = unpacked(words, self.state.tables, rows, padded, max_q)
+        step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, padded)
         return self.flat(step), sampled
 
     # -- decoding ---------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ...compiler.arange import positions_as_input
 from ...compiler.capture import capture
 from ...compiler.causal import CacheError
+from ...compiler.cross import STATES
 from ...compiler.errors import CaptureError
 from ...compiler.program import InputKind, LayerSpec, Program
 from ...kernels.paged_attention import PAGE_DTYPES
@@ -22,10 +24,14 @@ from ...passes.cache import EXAMPLE, ROWS
 from ..build import Builder, Unserved, evaluating
 from ..checks import adapted
 from ..dispatch import Dispatch
-from .flat_check import Checked, check, check_beyond, check_scaled
+from .encoder import RENAMED, EncoderProgram, as_decoder, is_encoder_decoder, sees_masked
+from .flat_check import Checked, check, check_beyond, check_scaled, states_of
 from .program import FlatProgram, Step
 
 __all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
+
+STATES_EXAMPLE = 11
+"""States of the encoder beside which a decoder is captured."""
 
 log = logging.getLogger("regraft")
 
@@ -86,7 +92,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
 def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -> FlatProgram | Unserved:
     """The same program over pages of few bits, whose loss the report says."""
     assert exact.captured is not None and builder.record.generate is not None
-    flat = _compiled(builder, exact.captured, page_dtype)
+    flat = _compiled(builder, exact.captured, exact.encoder, page_dtype)
     before = [p.recipe for p in builder.weights.packs.values()]
     builder.weights.pack(flat.recipes)
     losses = builder.record.generate.setdefault("losses", {})
@@ -104,12 +110,10 @@ def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -
 
 def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
     """Raises CacheError or CaptureError where the model cannot be served so."""
-    module, weights = builder.module, builder.weights
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise CacheError("encoder-decoder")
+    weights = builder.weights
     program = _captured(builder)
     end = _end_of(program)
-    flat = _compiled(builder, program)
+    flat = _compiled(builder, program, _encoder(builder, program))
     before = [p.recipe for p in weights.packs.values()]
     weights.pack(flat.recipes)
     try:
@@ -123,8 +127,28 @@ def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
     return flat, checked
 
 
-def _compiled(builder: Builder, program: Program, page_dtype: torch.dtype | None = None) -> FlatProgram:
-    compiled = builder.stages.compile(
+def _encoder(builder: Builder, program: Program) -> EncoderProgram | None:
+    """What computes the keys and values of an encoder's states, where the program has them as an input."""
+    if STATES not in program.example:
+        return None
+    masked = sees_masked(as_decoder(builder.original), program.example[STATES], program.example["input_ids"])
+    return EncoderProgram(_in_form(builder, program, "encoded"), builder.weights, masked)
+
+
+def _compiled(
+    builder: Builder, program: Program, encoder: EncoderProgram | None, page_dtype: torch.dtype | None = None
+) -> FlatProgram:
+    made = _in_form(builder, program, "paged", page_dtype)
+    made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
+    made.longest = min((x for x in (made.longest, _end_of(program)) if x is not None), default=None)
+    output = next(n for n in made.graph.nodes if n.op == "output")
+    flat = FlatProgram(made, builder.weights, int(output.args[0][0].meta["val"].shape[-1]), encoder)
+    flat.captured = program
+    return flat
+
+
+def _in_form(builder: Builder, program: Program, form: str, page_dtype: torch.dtype | None = None) -> Program:
+    return builder.stages.compile(
         program,
         builder.options,
         builder.weights.value,
@@ -133,16 +157,9 @@ def _compiled(builder: Builder, program: Program, page_dtype: torch.dtype | None
         kernels=True,
         module=builder.module,
         device=builder.device,
-        paged=True,
+        form=form,
         page_dtype=page_dtype,
-    )
-    made = compiled.program
-    made.inputs = [replace(i, value=None) if i.kind in (InputKind.STEP, InputKind.PAGES) else i for i in made.inputs]
-    made.longest = min((x for x in (made.longest, _end_of(program)) if x is not None), default=None)
-    output = next(n for n in made.graph.nodes if n.op == "output")
-    flat = FlatProgram(made, builder.weights, int(output.args[0][0].meta["val"].shape[-1]))
-    flat.captured = program
-    return flat
+    ).program
 
 
 def _end_of(program: Program) -> tuple[int, str] | None:
@@ -154,7 +171,10 @@ def _end_of(program: Program) -> tuple[int, str] | None:
 
 def _captured(builder: Builder) -> Program:
     """The forward over flat tokens, with an example of `EXAMPLE`."""
-    taken = inspect.signature(builder.original).parameters
+    taken = set(inspect.signature(builder.original).parameters)
+    beside = is_encoder_decoder(builder.module)
+    if beside:
+        taken = {name for name in taken if name not in RENAMED} | {n for n, own in RENAMED.items() if own in taken}
     if "input_ids" not in taken:
         raise CacheError("its forward takes no input_ids")
     count = sum(EXAMPLE)
@@ -164,8 +184,12 @@ def _captured(builder: Builder) -> Program:
         "position_ids": torch.tensor([positions]),
         ROWS: torch.arange(len(EXAMPLE)) + count - len(EXAMPLE),
     }
-    tensors = {name: t.to(builder.device) for name, t in tensors.items() if name in taken}
+    tensors = {name: t for name, t in tensors.items() if name in taken}
     forward = builder.unbound if builder.overridden else None
+    if beside:
+        tensors[STATES] = states_of(builder, STATES_EXAMPLE, seed=0)
+        forward = as_decoder(forward or type(builder.module).forward)
+    tensors = {name: t.to(builder.device) for name, t in tensors.items()}
     try:
         program = capture(builder.module, tensors, {}, cache=False, forward=forward)
     except CaptureError as error:
@@ -177,10 +201,13 @@ def _captured(builder: Builder) -> Program:
     if violation is not None:
         raise CacheError(f"its code fixes sizes: {violation}")
     for name, guard in program.limits.tensors.items():
-        if isinstance(guard.shape[-1], int):
+        length = guard.shape[min(1, len(guard.shape) - 1)]
+        if isinstance(length, int):
             raise CacheError(f"its code fixes the number of tokens: {name} is {list(guard.shape)}")
-        low, _ = program.limits.ranges.get(guard.shape[-1], (1, None))
+        low, _ = program.limits.ranges.get(length, (1, None))
         if low > 1:
             raise CacheError(f"{name} has at least {low} tokens")
     program.example = tensors
+    if "position_ids" not in tensors:
+        positions_as_input(program, torch.tensor([positions], device=builder.device))
     return program

@@ -15,7 +15,7 @@ flat program's error may be at most twice the original's plus a few ulp.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -23,21 +23,24 @@ from torch import Tensor
 
 from ...compiler.causal import CacheError
 from ...compiler.cost import called_op
+from ...compiler.cross import STATES
 from ...compiler.program import InputKind, Program
 from ...compiler.verify import Upcast, bound_for, distance, higher, magnitude
-from ...kernels.paged_attention import PAGE_DTYPES
 from ..build import Builder
 from ..certificate import named_outputs
 from ..checks import dtype_of
 from ..oracle import run_oracle, run_reference
-from .program import FlatProgram, Step
+from .book import Book
+from .encoder import EncoderProgram, as_decoder, width_of
+from .program import FlatProgram
 
-PAGE: Final = 16
 LENGTHS: Final = (19, 26, 4)
 """Tokens of the prompts."""
 CHUNK: Final = 17
 """Tokens of the second prompt in the first step."""
 DECODED: Final = 2
+STATES_SEEN: Final = (21, 5, 40)
+"""States of the encoder beside which they are decoded, where there is one."""
 _LONGEST: Final = 96
 LOSS: Final = 0.1
 """Root mean square of what pages of few bits may change, as a share of the logits."""
@@ -57,12 +60,14 @@ class Checked:
 @torch.no_grad()
 def check(flat: FlatProgram, captured: Program, builder: Builder) -> Checked:
     """Compare; raises CacheError where the flat program is worse than the original. The pages are its own."""
-    sequences = _sequences(flat, builder)
-    _check_apart(flat, sequences, builder)
-    found = run_ragged(flat, sequences, builder.device)
+    sequences, states = _sequences(flat, builder), _states(flat, builder)
+    _check_apart(flat, sequences, states, builder)
+    found = run_ragged(flat, sequences, builder.device, states)
+    beside: Sequence[Tensor | None] = states or [None] * len(sequences)
     answers = []
     for eager in (True, False):
-        wanted = [_alone(builder, captured, tokens, eager=eager) for tokens in sequences]
+        pairs = zip(sequences, beside, strict=True)
+        wanted = [_alone(builder, captured, tokens, s, eager=eager) for tokens, s in pairs]
         original, oracle = [w[0] for w in wanted], [w[1] for w in wanted]
         error, before = distance(found, oracle), distance(original, oracle)
         bound = bound_for(before, oracle, dtype_of(builder.module))
@@ -92,13 +97,28 @@ class _Raised(FlatProgram):
         self.target = higher(dtype_of(builder.module))
         self.layers = tuple(replace(layer, dtype=self.target) for layer in flat.layers)
         self._run = _Meaning(flat.program.gm, self.target).run
+        if flat.encoder is not None:
+            self.encoder = _RaisedEncoder(flat.encoder, builder, self.target)
 
 
-def _check_apart(flat: FlatProgram, sequences: Sequence[Tensor], builder: Builder) -> None:
+class _RaisedEncoder(EncoderProgram):
+    """What is kept of an encoder's states, one precision up."""
+
+    def __init__(self, encoder: EncoderProgram, builder: Builder, target: torch.dtype) -> None:
+        super().__init__(encoder.program, builder.weights, encoder.masked)
+        self.layers = tuple(replace(layer, dtype=target) for layer in encoder.layers)
+        self._meaning = _Meaning(encoder.program.gm, target)
+
+    def __call__(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        sides = self._meaning.run(*self.executable.values({STATES: states}))
+        return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def _check_apart(flat: FlatProgram, sequences: Sequence[Tensor], states: Sequence[Tensor], builder: Builder) -> None:
     raised = _Raised(flat, builder)
-    ragged = run_ragged(raised, sequences, builder.device)
-    for tokens, found in zip(sequences, ragged, strict=True):
-        book = Book.of(raised, [len(tokens)], builder.device)
+    ragged = run_ragged(raised, sequences, builder.device, states)
+    for index, (tokens, found) in enumerate(zip(sequences, ragged, strict=True)):
+        book = Book.of(raised, [len(tokens)], builder.device, states=states[index : index + 1])
         book.bind(raised)
         alone = raised(book.step({0: len(tokens)}, [tokens]))
         off, size = distance(found, alone).rms, magnitude(alone).rms
@@ -113,10 +133,10 @@ def check_beyond(flat: FlatProgram, builder: Builder, end: int, bound: float) ->
 
     The captured code ends at `end` tokens: it may be the mask's, which is gone, or one that is still there.
     """
-    tokens = _sequences(flat, builder)[:1]
+    tokens, states = _sequences(flat, builder)[:1], _states(flat, builder)[:1]
     results = []
     for padding in (0, end + 1 - len(tokens[0])):
-        book = Book.of(flat, [len(tokens[0])], builder.device)
+        book = Book.of(flat, [len(tokens[0])], builder.device, states=states)
         book.bind(flat)
         try:
             results.append(flat(book.step({0: len(tokens[0])}, tokens, padding=padding)))
@@ -129,9 +149,9 @@ def check_beyond(flat: FlatProgram, builder: Builder, end: int, bound: float) ->
 @torch.no_grad()
 def check_scaled(flat: FlatProgram, exact: FlatProgram, builder: Builder) -> float:
     """The share by which pages of few bits change the logits; raises CacheError where that is more than `LOSS`."""
-    sequences = _sequences(exact, builder)
-    own = FlatProgram(exact.program, builder.weights, exact.vocab)  # whose pages are nobody else's
-    found, wanted = (run_ragged(program, sequences, builder.device) for program in (flat, own))
+    sequences, states = _sequences(exact, builder), _states(exact, builder)
+    own = FlatProgram(exact.program, builder.weights, exact.vocab, exact.encoder)  # whose pages are nobody else's
+    found, wanted = (run_ragged(program, sequences, builder.device, states) for program in (flat, own))
     share = distance(found, wanted).rms / magnitude(wanted).rms
     if not share <= LOSS:
         raise CacheError(f"pages of {flat.layers[0].dtype} change its logits by {share:.0%}")
@@ -150,28 +170,47 @@ def _sequences(flat: FlatProgram, builder: Builder) -> list[Tensor]:
     return [torch.randint(low, known, (n,), generator=generator).to(builder.device) for n in lengths]
 
 
+def states_of(builder: Builder, count: int, seed: int) -> Tensor:
+    """States as an encoder might make them, `[1, count, E]`, in the model's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, count, width_of(builder.module), generator=generator)
+    return states.to(builder.device, dtype_of(builder.module))
+
+
+def _states(flat: FlatProgram, builder: Builder) -> list[Tensor]:
+    """Beside what each sequence is decoded; nothing where there is no encoder."""
+    if flat.encoder is None:
+        return []
+    return [states_of(builder, count, seed) for seed, count in enumerate(STATES_SEEN)]
+
+
 def _tokens_known(builder: Builder) -> int:
     """Rows of the embedding, which may be fewer than the logits."""
     get: Any = getattr(builder.module, "get_input_embeddings", None)
     return int(getattr(get() if get is not None else None, "num_embeddings", 0)) or 1 << 30
 
 
-def _alone(builder: Builder, captured: Program, tokens: Tensor, *, eager: bool) -> tuple[Tensor, Tensor]:
+def _alone(
+    builder: Builder, captured: Program, tokens: Tensor, states: Tensor | None, *, eager: bool
+) -> tuple[Tensor, Tensor]:
     """Logits `[n, V]` of the model for one sequence, in its precision and one up."""
-    module, inputs = builder.module, {"input_ids": tokens[None]}
-    original = _logits(run_reference(module, builder.original, inputs, eager=eager))
+    module, forward, inputs = builder.module, builder.original, {"input_ids": tokens[None]}
+    if states is not None:
+        forward, inputs = as_decoder(forward), {**inputs, STATES: states}
+    original = _logits(run_reference(module, forward, inputs, eager=eager))
     target = higher(dtype_of(module))
     try:
-        oracle = _logits(run_oracle(module, builder.original, inputs, target, eager=eager))
+        oracle = _logits(run_oracle(module, forward, inputs, target, eager=eager))
     except Exception:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
-        oracle = _raised(builder, captured, tokens, target)
+        oracle = _raised(builder, captured, inputs, target)
     return original, oracle
 
 
-def _raised(builder: Builder, captured: Program, tokens: Tensor, target: torch.dtype) -> Tensor:
+def _raised(builder: Builder, captured: Program, inputs: Mapping[str, Tensor], target: torch.dtype) -> Tensor:
     """The second best oracle: the captured graph one precision up."""
-    everything = torch.arange(len(tokens), device=tokens.device)
-    given: Mapping[str, Tensor] = {"input_ids": tokens[None], "position_ids": everything[None]}
+    tokens = inputs["input_ids"]
+    everything = torch.arange(tokens.shape[1], device=tokens.device)
+    given: Mapping[str, Tensor] = {**inputs, "position_ids": everything[None]}
     values = [
         given.get(i.target, everything) if i.kind is InputKind.USER else builder.weights.value(i).detach()
         for i in captured.inputs
@@ -184,9 +223,11 @@ def _logits(output: Any) -> Tensor:
     return named["logits"][0] if "logits" in named else next(iter(named.values()))[0]
 
 
-def run_ragged(flat: FlatProgram, sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def run_ragged(
+    flat: FlatProgram, sequences: Sequence[Tensor], device: torch.device, states: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Logits `[n, V]` of each of three sequences from the flat program, over pages that are made here and bound."""
-    book = Book.of(flat, [len(s) for s in sequences], device)
+    book = Book.of(flat, [len(s) for s in sequences], device, states=states)
     book.bind(flat)
     chunk = max(1, min(CHUNK, len(sequences[1]) - DECODED - 1))
     takes = [
@@ -202,75 +243,3 @@ def run_ragged(flat: FlatProgram, sequences: Sequence[Tensor], device: torch.dev
         for index, part in zip(take, flat(step).split(list(take.values())), strict=True):
             rows[index].append(part)
     return [torch.cat(parts) for parts in rows]
-
-
-@dataclass
-class Book:
-    """Which pages belong to whom, handed out at random: each group its own order."""
-
-    pages: list[tuple[Tensor, Tensor]]
-    tables: list[list[list[int]]]
-    """For each group and sequence, its pages."""
-    device: torch.device
-    done: list[int] = field(default_factory=list)
-    scales: list[tuple[Tensor, Tensor]] | None = None
-
-    @classmethod
-    def of(cls, flat: FlatProgram, lengths: Sequence[int], device: torch.device, page: int = PAGE) -> Book:
-        """Pages for sequences of these lengths, filled with what must not be read."""
-        wanted = [-(-n // page) for n in lengths]
-        count = sum(wanted) + 1
-        generator = torch.Generator().manual_seed(1)
-        tables = []
-        for _ in flat.groups:
-            order = torch.randperm(count, generator=generator).tolist()
-            tables.append([[order.pop() for _ in range(n)] for n in wanted])
-        pages, scales = [], []
-        for layer in flat.layers:
-            shape = (count, page, layer.kv_heads)
-            sides = (torch.full((*shape, d), 7.0, device=device) for d in (layer.key_dim, layer.value_dim))
-            k, v = (side.to(layer.dtype) for side in sides)
-            pages.append((k, v))
-            scales.append((torch.ones(shape, device=device), torch.ones(shape, device=device)))
-        scaled = flat.layers[0].dtype in PAGE_DTYPES
-        return cls(pages, tables, device, [0] * len(lengths), scales if scaled else None)
-
-    def bind(self, flat: FlatProgram) -> None:
-        """Let a flat program use these pages."""
-        flat.bind(self.pages, self.scales)
-
-    def step(self, take: Mapping[int, int], sequences: Sequence[Tensor], padding: int = 0, absent: int = 0) -> Step:
-        """The next `take[s]` tokens of each sequence s named, and the rows of all of them.
-
-        `padding` tokens and `absent` sequences, which are not there, follow.
-        """
-        page = self.pages[0][0].shape[1]
-        tokens: list[Tensor] = []
-        positions: list[int] = []
-        ends, lengths = [0], []
-        places: list[list[int]] = [[] for _ in self.tables]
-        for s, count in take.items():
-            first, last = self.done[s], self.done[s] + count
-            tokens.append(sequences[s][first:last])
-            positions += range(first, last)
-            for group, table in enumerate(self.tables):
-                places[group] += [table[s][p // page] * page + p % page for p in range(first, last)]
-            ends.append(ends[-1] + count)
-            lengths.append(last)
-            self.done[s] = last
-        most = [max(len(table[s]) for s in take) for table in self.tables]
-        rows = [[table[s] + [-1] * (m - len(table[s])) for s in take] for table, m in zip(self.tables, most)]
-        padded = [0] * padding
-        return Step(
-            input_ids=torch.cat([*tokens, self._of(padded)])[None],
-            position_ids=self._of(positions + padded)[None],
-            rows=torch.arange(ends[-1], device=self.device),
-            cu_seqlens_q=self._of(ends + [ends[-1]] * absent).int(),
-            lengths=self._of(lengths + [0] * absent).int(),
-            slots=tuple(self._of(p + [-1] * padding) for p in places),
-            tables=tuple(self._of(r + [[-1] * m] * absent).int() for r, m in zip(rows, most)),
-            max_q=max(take.values()),
-        )
-
-    def _of(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..errors import RegraftWarning
+from .beside import OUTPUTS, Keeps, decoder_arguments, refused_states, states_of
 from .paged_cache import PagedCache, Session, close_all, prompts
 from .processors import Untranslated, translate
 from .requests import Request
@@ -43,10 +45,22 @@ class Serves(Protocol):
     def longest(self) -> int | None:
         """Tokens of a sequence beyond which only HuggingFace's loop goes on; None: what is longer is an error."""
 
-    def run(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
-        """The output of each request, without its prompt, in order; `on_token` gets the request's number."""
+    @property
+    def encoder(self) -> Keeps | None:
+        """What keeps an encoder's states; None where the model has no encoder."""
 
-    def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
+    def run(
+        self,
+        requests: list[Request],
+        on_token: Callable[[int, int], None] | None = None,
+        states: list[Tensor] | None = None,
+    ) -> list[list[int]]:
+        """The output of each request, without its prompt, in order; `on_token` gets the request's number.
+
+        `states`: of an encoder, what each request sees of them, `[N, E]`.
+        """
+
+    def session(self, batch_ids: list[list[int]], max_new_tokens: int, states: list[Tensor] | None = None) -> Session:
         """A batch that goes on in step."""
 
 
@@ -65,7 +79,20 @@ class _Call:
     """What serves it, as it turns out."""
     in_step: bool = True
     """Whether it runs in HuggingFace's loop for sure."""
-    caches: list[PagedCache] = field(default_factory=list)
+    caches: list[weakref.ref[PagedCache]] = field(default_factory=list)
+    sessions: list[tuple[weakref.ref[PagedCache], Session]] = field(default_factory=list)
+    """Those that caches opened."""
+
+    def close_forgotten(self) -> None:
+        """Close the sessions of caches that nobody holds any more: a `generate` may decode more than once."""
+        gone = [session for cache, session in self.sessions if cache() is None]
+        self.sessions = [(cache, session) for cache, session in self.sessions if cache() is not None]
+        close_all(gone)
+
+    def close(self) -> None:
+        """Close everything."""
+        close_all([cache for held in self.caches if (cache := held()) is not None])
+        self.close_forgotten()
 
 
 class Decoding:
@@ -144,11 +171,19 @@ class PrepareCache:
         model, call = decoding.model, getattr(decoding.calls, "call", None)
         original = type(model)._prepare_cache_for_generation
         if call is not None:
+            call.close_forgotten()
             engine = self._engine(call, generation_config, generation_mode, model_kwargs, max_cache_length + 1)
             if engine is not None:
-                cache = PagedCache(lambda ids, padded: engine.session(ids, max_cache_length + 1 - padded))
+
+                def opened(ids: list[list[int]], padded: int, states: list[Tensor] | None) -> Session:
+                    session = engine.session(ids, max_cache_length + 1 - padded, states)
+                    call.sessions.append((held, session))
+                    return session
+
+                cache = PagedCache(opened, engine.encoder)
+                held = weakref.ref(cache)
                 decoding.turn.acquire()
-                call.caches.append(cache)
+                call.caches.append(held)
                 generation_config.use_cache = True  # False: a default of the model's
                 call.way = "HuggingFace's loop over pages"
                 model_kwargs["past_key_values"] = cache
@@ -162,14 +197,17 @@ class PrepareCache:
         decoding = self.decoding
         if decoding.dispatch.unservable() is not None:  # which its forward says
             return None
-        reason = call.reason or refusal(config, mode, arguments)
+        own = decoder_arguments(arguments)
+        reason = call.reason or refusal(config, mode, own)
         engine = decoding.engine() if reason is None else None
         if isinstance(engine, str):
             reason, engine = engine, None
-        if engine is not None:
-            reason = too_long(engine, arguments, length) or (too_many(engine, arguments) if call.in_step else None)
-            engine = engine if reason is None else None
+        if engine is not None and engine.encoder is not None:
+            reason = refused_states(arguments, engine.encoder)
+        if engine is not None and reason is None:
+            reason = too_long(engine, own, length) or (too_many(engine, arguments) if call.in_step else None)
         if reason is not None:
+            engine = None
             decoding.say(f"{reason}: served by HuggingFace's loop")
             decoding.dispatch.leave_unsaid("past_key_values with content")  # of which its steps are made
         return engine
@@ -207,12 +245,12 @@ class Generate:
         finally:
             calls.call = outer
             try:
-                close_all(call.caches)
+                call.close()
             finally:
                 for _ in call.caches:
                     self.decoding.turn.release()
         self.decoding.count(call.way)
-        if isinstance(getattr(result, "past_key_values", None), PagedCache):
+        if call.caches and getattr(result, "past_key_values", None) is not None:
             return type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
         return result
 
@@ -268,12 +306,13 @@ def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, pr
             if many is not None:
                 decoding.say(f"{many}: served by HuggingFace's loop")
                 call.way = _Call.way
-                prepared["past_key_values"] = DynamicCache(config=decoding.model.config.get_text_config(decoder=True))
+                prepared["past_key_values"] = _cache_of(decoding.model)
             elif reason.args[0] not in QUIET:
                 decoding.say(f"{reason} runs outside of the graph, in HuggingFace's loop over pages: right, but slower")
         else:
             call.way = "the fast loop"
-            return _fast(engine, requests, input_ids, streamer, config)
+            states = states_of(prepared, engine.encoder) if engine.encoder is not None else None
+            return _fast(engine, requests, states, input_ids, streamer, config)
     return type(decoding.model)._sample(decoding.model, input_ids, streamer=streamer, **prepared)
 
 
@@ -298,7 +337,7 @@ def _requests(input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> 
     params = translate(prepared["logits_processor"], bool(config.do_sample))
     most, eos = stops(prepared["stopping_criteria"])
     seeds = torch.randint(2**63 - 1, (input_ids.shape[0],)).tolist() if params.do_sample else [0] * input_ids.shape[0]
-    tokens = prompts(input_ids, prepared.get("attention_mask"))
+    tokens = prompts(input_ids, decoder_arguments(prepared).get("attention_mask"))
     new, whole = most - input_ids.shape[1], input_ids.tolist()
     return [
         Request(
@@ -311,13 +350,28 @@ def _requests(input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> 
     ]
 
 
-def _fast(engine: Serves, requests: list[Request], input_ids: Tensor, streamer: Any, config: GenerationConfig) -> Any:
+def _cache_of(model: Any) -> Any:
+    """What HuggingFace would have prepared."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
+
+
+def _fast(
+    engine: Serves,
+    requests: list[Request],
+    states: list[Tensor] | None,
+    input_ids: Tensor,
+    streamer: Any,
+    config: GenerationConfig,
+) -> Any:
     """Run them, and put prompts and outputs together as HuggingFace does: the shorter ones are padded on the right."""
 
     def stream(_: int, token: int) -> None:
         streamer.put(torch.tensor([token]))
 
-    outputs = engine.run(requests, on_token=None if streamer is None else stream)
+    outputs = engine.run(requests, on_token=None if streamer is None else stream, states=states)
     if streamer is not None:
         streamer.end()
     longest = max(map(len, outputs))
@@ -326,16 +380,18 @@ def _fast(engine: Serves, requests: list[Request], input_ids: Tensor, streamer: 
     padded = [output + [fill] * (longest - len(output)) for output in outputs]
     sequences: Any = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
     if config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        made = GenerateDecoderOnlyOutput if states is None else GenerateEncoderDecoderOutput
+        return made(sequences=sequences)
     return sequences
 
 
 def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
     """Why these rows cannot go on in step, or None."""
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape[0] <= engine.rows:
+    outputs = arguments.get(OUTPUTS)
+    batch = outputs[0] if outputs is not None else arguments.get("attention_mask")
+    if not isinstance(batch, Tensor) or batch.shape[0] <= engine.rows:
         return None
-    return f"{mask.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
+    return f"{batch.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
 
 
 def too_long(engine: Serves, arguments: Mapping[str, Any], length: int) -> str | None:

@@ -16,17 +16,19 @@ NAMES = ("generate", "generate_batch", "_prepare_cache_for_generation")
 
 
 def install(model: Any, dispatch: Dispatch, make: Make) -> None:
-    """Plug in beneath `generate` of a decoder-only model; nothing is built before it is called.
+    """Plug in beneath `generate`; nothing is built before it is called.
 
-    Models that do not generate, encoder-decoders, and attributes that somebody set on this instance stay as they are.
+    Models that do not generate, and attributes that somebody set on this instance, stay as they are. `generate_batch`
+    is for decoders alone, as transformers' own.
     """
-    if not issubclass(type(model), GenerationMixin) or not model.can_generate() or model.config.is_encoder_decoder:
+    if not issubclass(type(model), GenerationMixin) or not model.can_generate():
         return
     if any(name in model.__dict__ for name in NAMES):
         return
     decoding = Decoding(dispatch, make)
     model.__dict__["generate"] = Generate(decoding)
-    model.__dict__["generate_batch"] = GenerateBatch(decoding)
+    if not model.config.is_encoder_decoder:
+        model.__dict__["generate_batch"] = GenerateBatch(decoding)
     model.__dict__["_prepare_cache_for_generation"] = PrepareCache(decoding)
 
 
@@ -36,4 +38,4 @@ def remove(model: Any) -> None:
     if isinstance(generate, Generate):
         generate.decoding.release()
         for name in NAMES:
-            del model.__dict__[name]
+            model.__dict__.pop(name, None)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import InputError, RegraftError
+from .beside import Keeps, decoder_arguments, states_of
 
 KNOWN = frozenset(
     {
@@ -53,14 +54,18 @@ class PagedCache(Cache):
     """Keys and values of a batch in the engine's pages; good for one `generate` call.
 
     Args:
-        open_session: makes the session from the prompts without padding, and the length that they have with it.
+        open_session: makes the session from the prompts without padding, the length that they have with it, and the
+            encoder's states that each row sees, where there is an encoder.
+        keeps: what keeps these.
     """
 
-    def __init__(self, open_session: Callable[[list[list[int]], int], Session]) -> None:
+    def __init__(
+        self, open_session: Callable[[list[list[int]], int, list[Tensor] | None], Session], keeps: Keeps | None = None
+    ) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self._open = open_session
+        self._open, self._keeps = open_session, keeps
         self._session: Session | None = None
-        self._length = 0
+        self._rows, self._length = 0, 0
         self._closed = False
 
     def serve(self, arguments: Mapping[str, Any]) -> CausalLMOutputWithPast:
@@ -72,19 +77,21 @@ class PagedCache(Cache):
         """
         if self._closed:
             raise RegraftError("past_key_values: these pages were given back when generate ended; start without them")
+        given, arguments = arguments, decoder_arguments(arguments)
         unknown = [n for n, v in arguments.items() if n not in KNOWN and not _says_nothing(v)]
         ids = arguments.get("input_ids")
         if unknown or ids is None:
             name = unknown[0] if unknown else "a call without input_ids"
             raise InputError(f"{name} is not served over a paged cache; use_cache=False or regraft.restore(model) is")
         if self._session is None:
-            self._session = self._open(prompts(ids, arguments.get("attention_mask")), ids.shape[1])
+            states = states_of(given, self._keeps) if self._keeps is not None else None
+            self._session = self._open(prompts(ids, arguments.get("attention_mask")), ids.shape[1], states)
             logits: Any = self._session.prefill()
         elif ids.shape[1] != 1:
             raise InputError(f"input_ids of {ids.shape[1]} tokens: over a paged cache each step takes one")
         else:
             logits = self._session.step(ids[:, 0])
-        self._length += ids.shape[1]
+        self._rows, self._length = ids.shape[0], self._length + ids.shape[1]
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self)
 
     def close(self) -> None:
@@ -104,12 +111,30 @@ class PagedCache(Cache):
             raise RegraftError("a paged cache was reordered before its prompt was computed")
         self._session.reorder(beam_idx)
 
+    @property
+    def self_attention_cache(self) -> Nothing:
+        """For who takes the cache of an encoder-decoder apart by rows: outside of the pages there is nothing of it."""
+        return Nothing(self._rows)
+
+    cross_attention_cache = self_attention_cache
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> NoReturn:
         raise RegraftError("a paged cache is written by the engine alone, and the model was called around its forward")
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self._length} tokens"
         return f"PagedCache({state})"
+
+
+class Nothing:
+    """A cache of any number of layers, without a key in any of its rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.keys = self.values = torch.empty(rows, 0, 0, 0)
+        self.layers = self
+
+    def __getitem__(self, layer: int) -> Nothing:
+        return self
 
 
 def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
@@ -147,11 +172,11 @@ def _says_nothing(value: Any) -> bool:
     return value is None or value is False
 
 
-def close_all(caches: Sequence[PagedCache]) -> None:
+def close_all(given: Sequence[PagedCache | Session]) -> None:
     """Close each, whatever happens to the others."""
-    for index, cache in enumerate(caches):
+    for index, one in enumerate(given):
         try:
-            cache.close()
+            one.close()
         except BaseException:
-            close_all(caches[index + 1 :])
+            close_all(given[index + 1 :])
             raise

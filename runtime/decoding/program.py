@@ -24,9 +24,24 @@ from ...kernels.replay import ALIGNMENT, observed
 from ...passes.cache import ROWS
 from ..direct import direct
 from ..weights import Weights, pack_key
+from .encoder import EncoderProgram
 
 MAX_SHAPES: Final = 1024
 """Sets of sizes whose launch plans are kept."""
+
+
+@dataclass
+class EncoderStep:
+    """What T tokens read of their encoders' states: each token is a sequence of one query."""
+
+    slots: Tensor
+    """int64 [T], all -1: nothing is written."""
+    starts: Tensor
+    """int32 [T + 1]: 0, 1, 2, ..."""
+    lengths: Tensor
+    """int32 [T]: states that the token sees; 0 for padding."""
+    table: Tensor
+    """int32 [T, most]: the pages that hold what is kept of them."""
 
 
 @dataclass
@@ -52,13 +67,17 @@ class Step:
     """For each group int32 [S, most]: the pages of the sequence, in order."""
     max_q: int
     """The most tokens of one sequence in this step."""
+    encoder: EncoderStep | None = None
+    """Of a decoder beside an encoder."""
 
 
 class FlatProgram:
     """A compiled program over pages, bound to the live weights of a model."""
 
-    def __init__(self, program: Program, weights: Weights, vocab: int) -> None:
+    def __init__(self, program: Program, weights: Weights, vocab: int, encoder: EncoderProgram | None = None) -> None:
         self.program = program
+        self.encoder = encoder
+        """What computes the keys and values of an encoder's states, if there is an encoder."""
         self.layers = program.layers
         self.groups = _windows(program.layers)
         """The window `left` of each group; -1: all keys are visible."""
@@ -73,8 +92,9 @@ class FlatProgram:
         live = by_kind[InputKind.PARAMETER] + by_kind[InputKind.BUFFER]
         self._tables, self._names = zip(*(weights.slots[i.target] for i in live), strict=True)
         self._constants = [weights.value(i) for i in by_kind[InputKind.CONSTANT]]
-        self.recipes: list[Recipe] = [i.recipe for i in by_kind[InputKind.PACKED] if i.recipe is not None]
-        self._packs = [pack_key(r) for r in self.recipes]
+        own_recipes = [i.recipe for i in by_kind[InputKind.PACKED] if i.recipe is not None]
+        self._packs = [pack_key(r) for r in own_recipes]
+        self.recipes: list[Recipe] = own_recipes + (encoder.recipes if encoder is not None else [])
         self._of_step = [_reader(i.target) for i in by_kind[InputKind.USER] + by_kind[InputKind.STEP]]
         self._paged = [i.target for i in by_kind[InputKind.PAGES]]
         self._pages: list[Tensor | None] | None = None
@@ -97,13 +117,18 @@ class FlatProgram:
         return self.version, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in live)
 
     def bind(
-        self, pages: Sequence[tuple[Tensor, Tensor]], scales: Sequence[tuple[Tensor, Tensor]] | None = None
+        self,
+        pages: Sequence[tuple[Tensor, Tensor]],
+        scales: Sequence[tuple[Tensor, Tensor]] | None = None,
+        encoder: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         """Use these pages from now on: K and V of each layer, and their scales (float32 `[P, page, kv_heads]`).
 
-        They are read and written where they are. Raises ValueError where they are not as `layers` says.
+        `encoder` are those of each attention to an encoder's states. They are read and written where they are. Raises
+        ValueError where they are not as `layers` says.
         """
-        for index, (layer, pair) in enumerate(zip(self.layers, pages, strict=True)):
+        layers = (*self.layers, *(self.encoder.layers if self.encoder is not None else ()))
+        for index, (layer, pair) in enumerate(zip(layers, (*pages, *encoder), strict=True)):
             for tensor, name, dim in zip(pair, ("k", "v"), (layer.key_dim, layer.value_dim), strict=True):
                 if tensor.dim() != 4 or tuple(tensor.shape[2:]) != (layer.kv_heads, dim):
                     wanted = f"[P, page, {layer.kv_heads}, {dim}]"
@@ -113,9 +138,9 @@ class FlatProgram:
         if (scales is None) == any(layer.dtype in PAGE_DTYPES for layer in self.layers):
             raise ValueError(f"pages of {self.layers[0].dtype} {'need' if scales is None else 'have no'} scales")
         given: dict[str, Tensor] = {}
-        for kind, pairs in (("", pages), ("_scale", scales or ())):
+        for kind, pairs in (("{}", pages), ("{}_scale", scales or ()), ("encoder_{}", encoder)):
             for index, (k, v) in enumerate(pairs):
-                given |= {f"k{kind}.{index}": k, f"v{kind}.{index}": v}
+                given |= {f"{kind.format('k')}.{index}": k, f"{kind.format('v')}.{index}": v}
         self._pages = [given.get(name) for name in self._paged]
         self._forget()
 
@@ -155,6 +180,8 @@ class FlatProgram:
             self._forget()
         given = (step.input_ids, step.position_ids, step.rows, step.cu_seqlens_q, step.lengths)
         tensors = (*given, *step.slots, *step.tables)
+        if step.encoder is not None:
+            tensors += (step.encoder.slots, step.encoder.starts, step.encoder.lengths, step.encoder.table)
         key = (step.max_q, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
         plans = self._plans.get(key)
         if plans is not None:
@@ -187,5 +214,7 @@ def _reader(target: str) -> Callable[[Step], Any]:
     field = _FIELDS.get(name, name)
     if not group:
         return lambda step: getattr(step, field)
+    if name == "encoder":
+        return lambda step: getattr(step.encoder, group)
     index = int(group)
     return lambda step: getattr(step, field)[index]

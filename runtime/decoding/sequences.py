@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
 
 from .pool import digest, first_digest
 from .requests import Request
+
+if TYPE_CHECKING:
+    from .encoder_pages import Encoded
 
 
 class State(enum.Enum):
@@ -41,6 +45,8 @@ class Sequence:
         """Its row in the batch that is decoded."""
         self.registered = 0
         """Full blocks that others can find."""
+        self.encoded: Encoded | None = None
+        """Of a decoder beside an encoder: what is kept of the states that it goes on from."""
         self._block_size = block_size
         self._digests: list[bytes] = []
 

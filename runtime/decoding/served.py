@@ -23,7 +23,7 @@ def refusal(config: GenerationConfig, mode: GenerationMode, arguments: Mapping[s
     """Why a prepared call cannot run over pages, or None.
 
     Args:
-        arguments: what the model's forward is to be called with beside `input_ids`.
+        arguments: what the model's forward is to be called with beside `input_ids`, by the names of a decoder.
     """
     if mode not in MODES:
         return mode.value.replace("_", " ")

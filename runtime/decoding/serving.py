@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ..checks import device_of
+from .beside import Keeps
 from .engine import Engine
 from .flat import FlatProgram, Unserved, flat_program
 from .generate import Generate, Serves
@@ -35,13 +38,23 @@ class Paged:
         """The most sequences that go on in step."""
         return self.limits.max_batch_size
 
-    def run(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
-        """The output of each request, in order; more of them than there are rows wait for their turn."""
-        return self.engine.run(requests, self.sampler, on_token)
+    @property
+    def encoder(self) -> Keeps | None:
+        """What keeps an encoder's states, where the model has one."""
+        return self.engine if self.flat.encoder is not None else None
 
-    def session(self, batch_ids: list[list[int]], max_new_tokens: int) -> Session:
+    def run(
+        self,
+        requests: list[Request],
+        on_token: Callable[[int, int], None] | None = None,
+        states: list[Tensor] | None = None,
+    ) -> list[list[int]]:
+        """The output of each request, in order; more of them than there are rows wait for their turn."""
+        return self.engine.run(requests, self.sampler, on_token, states=states)
+
+    def session(self, batch_ids: list[list[int]], max_new_tokens: int, states: list[Tensor] | None = None) -> Session:
         """A batch that goes on in step."""
-        return self.engine.session(batch_ids, max_new_tokens)
+        return self.engine.session(batch_ids, max_new_tokens, states)
 
 
 def paged_of(model: Any) -> Paged | None:

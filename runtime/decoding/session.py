@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, RegraftError
+from .encoder_pages import Encoded
 from .requests import Request
 from .scheduler import Chunk
 from .sequences import Sequence, State
@@ -24,13 +26,20 @@ class Session:
     between two of a session's.
     """
 
-    def __init__(self, engine: Engine, number: int, batch_ids: Items[Items[int]]) -> None:
+    def __init__(
+        self, engine: Engine, number: int, batch_ids: Items[Items[int]], encoded: Items[Encoded] | None = None
+    ) -> None:
         self._engine, self._executor, self.number = engine, engine.executor, number
         self._tables = self._executor.tables
         self.sequences: list[Sequence] = []
         """Empty once the session is closed."""
+        self.encoded = list(encoded or ())
+        """What is kept of encoders' states, for as long as the session is open."""
         for row, tokens in enumerate(batch_ids):
-            sequence = Sequence(Request(tokens), len(self._tables.pools), row, self._tables.block_size)
+            beside = encoded[row] if encoded is not None else None
+            request = Request(tokens, salt=beside.number if beside is not None else ())
+            sequence = Sequence(request, len(self._tables.pools), row, self._tables.block_size)
+            sequence.encoded = beside
             sequence.row, sequence.state = row, State.RUNNING
             self.sequences.append(sequence)
 
@@ -39,19 +48,19 @@ class Session:
         """Logits [B, V] behind the prompts."""
         with self._engine.turn():
             self._check_open()
-            first: dict[tuple[int, ...], Sequence] = {}
+            first: dict[Hashable, Sequence] = {}
             for sequence in self.sequences:
-                first.setdefault(tuple(sequence.tokens), sequence)
+                first.setdefault(_identity(sequence), sequence)
             originals = list(first.values())
             if self._engine.limits.prefix_sharing:
                 for sequence in originals:
                     self._tables.adopt(sequence, self._tables.match(sequence))
             behind = self._compute(originals)
             for sequence in self.sequences:
-                original = first[tuple(sequence.tokens)]
+                original = first[_identity(sequence)]
                 if sequence is not original:
                     self._follow(sequence, original)
-            rows = [originals.index(first[tuple(s.tokens)]) for s in self.sequences]
+            rows = [originals.index(first[_identity(s)]) for s in self.sequences]
             if rows == list(range(len(behind))):
                 return behind
             return behind.index_select(0, torch.tensor(rows).to(behind.device, non_blocking=True))
@@ -104,6 +113,9 @@ class Session:
                 self._executor.release(gone)
                 for sequence in gone:
                     self._tables.release(sequence)
+                if self._executor.encoder is not None:
+                    self._executor.encoder.give_back(self.encoded)
+                self.encoded.clear()
 
     def _check_open(self) -> None:
         if not self.sequences:
@@ -158,4 +170,10 @@ class Session:
             sequence.tables[group] = [pool.share(b) if b >= 0 else b for b in source.tables[group]]
         sequence.tokens = source.tokens
         sequence.dropped = list(source.dropped)
+        sequence.encoded = source.encoded
         sequence.computed, sequence.registered = source.computed, source.registered
+
+
+def _identity(sequence: Sequence) -> Hashable:
+    """Equal where everything is that logits depend on."""
+    return tuple(sequence.tokens), sequence.request.salt

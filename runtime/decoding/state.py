@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .flat import Step
+from .program import EncoderStep, Step
 
 RING: Final = 64
 """Steps whose tokens are kept; the host reads them before they are overwritten."""
@@ -26,13 +26,19 @@ class DecodeState:
     Args:
         groups: block tables of each row.
         width: columns of a table.
+        encoder_width: columns of the table of an encoder's states; 0: there is no encoder.
     """
 
-    def __init__(self, rows: int, groups: int, width: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, groups: int, width: int, block_size: int, device: torch.device, encoder_width: int = 0
+    ) -> None:
         self.rows, self.width, self.block_size, self.device = rows, width, block_size, device
-        parts = [2 * rows, rows, rows, groups * rows * width]
+        parts = [2 * rows, rows, rows, groups * rows * width, rows, rows * encoder_width]
         self._words = torch.zeros(sum(parts), dtype=torch.int32, device=device)
-        ids, self.computed, self.limits, tables = self._words.split(parts)
+        ids, self.computed, self.limits, tables, self._encoder_lengths, encoder_table = self._words.split(parts)
+        self._encoder_table = encoder_table.view(rows, encoder_width)
+        self._encoder_at = sum(parts[:4])
+        self._unwritten = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self._computed_at, self._limits_at, self._tables_at = 2 * rows, 3 * rows, 4 * rows
         self.ids = ids.view(torch.int64)
         """int64 [rows]: the token that is computed next."""
@@ -67,6 +73,12 @@ class DecodeState:
     def set_pages(self, row: int, group: int, first: int, blocks: Items[int]) -> None:
         """Columns `first` and up of the row's table."""
         start = self._tables_at + (group * self.rows + row) * self.width + first
+        self._changes.update(zip(range(start, start + len(blocks)), blocks))
+
+    def set_encoder(self, row: int, blocks: Items[int], length: int) -> None:
+        """The row goes on from these states of an encoder."""
+        self._changes[self._encoder_at + row] = length
+        start = self._encoder_at + self.rows + row * self._encoder_table.shape[1]
         self._changes.update(zip(range(start, start + len(blocks)), blocks))
 
     def send(self) -> None:
@@ -109,6 +121,28 @@ class DecodeState:
             slots=self._slots[:, :rows].unbind(0),
             tables=tuple(t[:rows] for t in self.tables),
             max_q=1,
+            encoder=self._encoder_of_rows(rows),
+        )
+
+    def _encoder_of_rows(self, rows: int) -> EncoderStep | None:
+        if not self._encoder_table.shape[1]:
+            return None
+        lengths, table = self._encoder_lengths[:rows], self._encoder_table[:rows]
+        return EncoderStep(self._unwritten[:rows], self.starts[: rows + 1], lengths, table)
+
+    def encoder_of_tokens(self, starts: Tensor, tokens: int) -> EncoderStep | None:
+        """What `tokens` tokens read; row r has those from starts[r] to starts[r + 1], padding reads nothing."""
+        if not self._encoder_table.shape[1]:
+            return None
+        numbers = torch.arange(tokens + 1, dtype=torch.int32, device=self.device)
+        row = torch.searchsorted(starts[1:], numbers[:-1], right=True)
+        known = row < len(starts) - 1
+        row = torch.where(known, row, 0)
+        return EncoderStep(
+            slots=torch.full((tokens,), -1, dtype=torch.int64, device=self.device),
+            starts=numbers,
+            lengths=torch.where(known, self._encoder_lengths[row], 0),
+            table=self._encoder_table[row],
         )
 
     def _advance(self, rows: int) -> None:

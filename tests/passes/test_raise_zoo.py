@@ -59,9 +59,7 @@ def _raised(name: str, dtype: torch.dtype, layers: int) -> tuple[Program, Any, C
     model, inputs = zoo.build(name, dtype=dtype, layers=layers)
     program = capture(model, inputs, {}, cache=False)
     weights = _weights(model)
-    settings = Settings(
-        torch.device("cpu"), enabled=ONLY_RAISED, weights=weights, inputs=program.example, model=model
-    )
+    settings = Settings(torch.device("cpu"), enabled=ONLY_RAISED, weights=weights, inputs=program.example, model=model)
     return program, compile_program(program, settings), weights
 
 

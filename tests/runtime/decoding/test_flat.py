@@ -14,8 +14,8 @@ from torch import Tensor
 import regraft
 from regraft.compiler.verify import bound_for, distance
 from regraft.runtime.build import Unserved
+from regraft.runtime.decoding.book import Book
 from regraft.runtime.decoding.flat import flat_program
-from regraft.runtime.decoding.flat_check import Book
 from regraft.runtime.decoding.program import FlatProgram
 from regraft.runtime.oracle import run_oracle, run_reference
 

@@ -11,7 +11,7 @@ from regraft.runtime.decoding.flat import make
 
 FULL = (-1,)
 WINDOWS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(zoo.DECODERS, FULL),
+    **dict.fromkeys((*zoo.DECODERS, "whisper", "bart"), FULL),
     "mistral": (5,),
     "starcoder2": (5,),
     "cohere2": (5,),
@@ -20,19 +20,19 @@ WINDOWS: dict[str, tuple[int, ...]] = {
     "gpt_oss": (5, -1),
 }
 """The window `left` of each group: two layers, of which some kinds alternate."""
-LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128}
+LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128, "whisper": 64, "bart": 128}
+MASKED = {"whisper": False, "bart": True}
+"""Decoders beside an encoder, and whether `attention_mask` says which of its states they see."""
 REFUSED = {
     "mamba2": "no attention was recognised",
     "llama4_text": "chunked",
     "phi3_longrope": "how long other sequences are",
     "llama_dynamic": "how long other sequences are",
-    "whisper": "encoder-decoder",
-    "t5": "encoder-decoder",
-    "bart": "encoder-decoder",
+    "t5": "not a slope",
 }
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.DECODERS if n not in REFUSED])
+@pytest.mark.parametrize("name", [*MASKED, *(n for n in zoo.DECODERS if n not in REFUSED)])
 def test_served(name: str) -> None:
     """Made, compared with lone runs, and with the groups that its config says."""
     model, _ = zoo.build(name)
@@ -43,6 +43,7 @@ def test_served(name: str) -> None:
     assert len(flat.layers) == 2
     assert flat.max_positions == LONGEST.get(name)
     assert flat.vocab == zoo.VOCAB
+    assert (flat.encoder.masked if flat.encoder is not None else None) == MASKED.get(name)
     found = builder.record.generate
     assert found is not None
     assert found["paged"] and found["error"] <= found["bound"]

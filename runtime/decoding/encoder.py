@@ -1,0 +1,90 @@
+"""The encoder's side of a decoder: how its states are handed over, and what every attention to them keeps.
+
+    encoder = EncoderProgram(program, weights)
+    encoder(states)                     # [(k, v)] of each attention, [N, Hkv, D] and [N, Hkv, Dv]
+
+States are those of one sequence without padding or of several, one behind the other, `[1, N, E]`. What is kept of them
+does not change any more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from ...compiler.causal import CacheError
+from ...compiler.cross import STATES
+from ...compiler.program import LayerSpec, Program, Recipe
+from ..executable import Executable
+from ..weights import Weights
+
+RENAMED = {"input_ids": "decoder_input_ids", "position_ids": "decoder_position_ids"}
+
+
+def as_decoder(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An encoder-decoder's forward as that of its decoder: input_ids, position_ids, encoder_states `[B, N, E]`."""
+
+    def decoder(*args: Any, encoder_states: Any, **kwargs: Any) -> Any:
+        given = {RENAMED.get(name, name): value for name, value in kwargs.items()}
+        return forward(*args, encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states), **given)
+
+    decoder.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return decoder
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether tokens are decoded beside an encoder's states."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def width_of(module: nn.Module) -> int:
+    """Numbers of a state; raises CacheError where the config does not say."""
+    config: Any = getattr(module, "config", None)
+    for part in (config, getattr(config, "encoder", None)):
+        if isinstance(width := getattr(part, "hidden_size", None), int):
+            return width
+    raise CacheError("its config does not say how wide the encoder's states are")
+
+
+class EncoderProgram:
+    """Computes what the attentions to an encoder's states keep. `layers` are theirs."""
+
+    def __init__(self, program: Program, weights: Weights, masked: bool) -> None:
+        self.program = program
+        self.layers: tuple[LayerSpec, ...] = program.layers
+        self.masked = masked
+        """Whether the model's `attention_mask` says which states the decoder sees; otherwise it sees all."""
+        self.executable = Executable(program, weights)
+        self.recipes: list[Recipe] = self.executable.recipes
+
+    def __call__(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys `[N, Hkv, D]` and values `[N, Hkv, Dv]` of each attention, for states `[1, N, E]`."""
+        sides = self.executable.flat({STATES: states}, directly=True)
+        return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+@torch.no_grad()
+def sees_masked(forward: Callable[..., Any], states: Tensor, tokens: Tensor) -> bool:
+    """Whether `attention_mask` takes states away, as if they were not there; False: it says nothing of them.
+
+    `forward` as of `as_decoder`. Raises CacheError where it does something else.
+    """
+    if "attention_mask" not in inspect.signature(forward).parameters:
+        return False
+    mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+    mask[:, 1::2] = 0
+    whole, masked, fewer = (
+        forward(input_ids=tokens, encoder_states=s, attention_mask=m, use_cache=False, return_dict=True)["logits"]
+        for s, m in ((states, torch.ones_like(mask)), (states, mask), (states[:, ::2], torch.ones_like(mask)[:, ::2]))
+    )
+    near = 0.01 * float((whole - fewer).abs().max())
+    if float((masked - whole).abs().max()) <= near:
+        return False
+    if float((masked - fewer).abs().max()) <= near:
+        return True
+    raise CacheError("its attention_mask does something else than to hide states of the encoder")

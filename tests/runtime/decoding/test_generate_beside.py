@@ -1,0 +1,118 @@
+"""Beside an encoder: tokens in float32 on the CPU are those of HuggingFace eager, with encoder inputs of ragged length,
+by the fast loop, by beams over pages, and through Whisper's own `generate`, which calls it several times."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+
+import regraft
+from regraft.runtime import dispatch
+from regraft.runtime.errors import RegraftWarning
+
+PAGES, FAST, HUGGINGFACE = "HuggingFace's loop over pages", "the fast loop", "HuggingFace's loop"
+DECODING = {"max_seq_len": 64, "max_batch_size": 9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_graphs() -> Iterator[None]:
+    """Only the flat programs are compiled: graphs of forwards take their time, and have their own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "MAX_SIGNATURES", 0)
+        yield
+
+
+def text(length: int, holes: bool = False) -> dict[str, Any]:
+    """Three texts of different lengths; `holes` are anywhere."""
+    ids = torch.randint(3, zoo.VOCAB, (3, length))
+    mask = torch.ones_like(ids)
+    mask[0, -4:], mask[2, -1:] = 0, 0
+    if holes:
+        mask[1, 2:5] = 0
+    return {"input_ids": torch.where(mask == 1, ids, zoo.PAD), "attention_mask": mask}
+
+
+def compare(
+    model: Any, inputs: list[dict[str, Any]], calls: list[dict[str, Any]], reason: str | None = None
+) -> dict[str, int]:
+    """Run all calls before and after `optimize`; returns how often each way served."""
+
+    def run() -> list[torch.Tensor]:
+        found = []
+        for given in inputs:
+            for call in calls:
+                torch.manual_seed(5)
+                output = model.generate(**given, **call)
+                found.append(output if isinstance(output, torch.Tensor) else output["sequences"])
+        return found
+
+    expected = run()
+    model = regraft.optimize(model, verbose=False, decoding=DECODING)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RegraftWarning)
+        actual = run()
+    said = [str(w.message) for w in caught if issubclass(w.category, RegraftWarning)]
+    assert any(reason in text for text in said) if reason is not None else not said
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    if reason is None:
+        gc.collect()
+        engine = model.generate.decoding.engine().engine
+        with engine.turn():
+            assert engine.executor.encoder.used == 0
+            assert all(pool.used == 0 for pool in engine.executor.tables.pools)
+    served = dict(model.forward.record.generated)
+    regraft.restore(model)
+    assert "generate" not in model.__dict__
+    return served
+
+
+def test_text() -> None:
+    model, _ = zoo.build("bart")
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 8},
+        {"max_new_tokens": 6, "repetition_penalty": 1.3, "decoder_input_ids": torch.tensor([[2, 5, 6]] * 3)},
+        {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
+        {"max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True},
+    ]
+    served = compare(model, [text(9), text(40, holes=True)], calls)
+    assert served == {FAST: 4, PAGES: 4}
+
+
+def test_speech() -> None:
+    """Short and long audio, with and without timestamps; fallbacks over temperatures stop at the first here."""
+    model, _ = zoo.build("whisper")
+    transformers.logging.set_verbosity_error()
+    config = model.generation_config
+    config.no_timestamps_token_id, config.max_initial_timestamp_index, config.is_multilingual = 60, 10, False
+    torch.manual_seed(0)
+    short = {"input_features": torch.randn(3, 16, 100)}
+    long = {"input_features": torch.randn(3, 16, 250), "attention_mask": torch.ones(3, 250, dtype=torch.long)}
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 8, "return_timestamps": True},
+        {"max_new_tokens": 8, "return_timestamps": True, "num_beams": 2},
+    ]
+    once = [{"max_new_tokens": 8}, {"max_new_tokens": 8, "return_dict_in_generate": True}]
+    assert compare(model, [short], calls + once) == {PAGES: 4}
+    assert compare(model, [long], calls) == {PAGES: 2}
+
+
+def test_what_is_not_served() -> None:
+    """A decoder whose scores have a bias that no page knows goes on through HuggingFace's loop, and says so."""
+    model, _ = zoo.build("t5")
+    served = compare(model, [text(9)], [{"max_new_tokens": 4}], reason="bias of decoder.block.0")
+    assert served == {HUGGINGFACE: 1}
+
+
+def test_states_that_do_not_fit() -> None:
+    model, _ = zoo.build("bart")
+    given = text(9)
+    given["attention_mask"][1] = 0
+    assert compare(model, [given], [{"max_new_tokens": 4}], reason="none of the encoder's states") == {HUGGINGFACE: 1}
