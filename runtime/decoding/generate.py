@@ -28,7 +28,7 @@ from .beside import OUTPUTS, Keeps, decoder_arguments, refused_states, states_of
 from .paged_cache import PagedCache, Session, close_all, prompts
 from .processors import Untranslated, translate
 from .requests import Request
-from .served import TOKEN_BY_TOKEN, Effective, refusal, stops
+from .served import TOKEN_BY_TOKEN, Effective, of_its_own, refusal, stops
 
 if TYPE_CHECKING:
     from ..dispatch import Dispatch
@@ -198,7 +198,7 @@ class PrepareCache:
         if decoding.dispatch.unservable() is not None:  # which its forward says
             return None
         own = decoder_arguments(arguments)
-        reason = call.reason or refusal(config, mode, own)
+        reason = call.reason or refusal(config, mode, own) or of_its_own(decoding.model, mode)
         engine = decoding.engine() if reason is None else None
         if isinstance(engine, str):
             reason, engine = engine, None

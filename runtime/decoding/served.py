@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .paged_cache import are_plain_positions, is_left_padding
 from .processors import Untranslated
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+PREPARE = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+"""What makes the arguments of a step: the engine makes them by itself."""
 UNDERSTOOD = ("attention_mask", "position_ids", "logits_to_keep", "use_cache")
 """Arguments of the model that the engine takes, or that change nothing of the last logits."""
 
@@ -44,6 +47,18 @@ def refusal(config: GenerationConfig, mode: GenerationMode, arguments: Mapping[s
         return "an attention_mask that is not padding on the left"
     if isinstance(positions, Tensor) and not are_plain_positions(positions, mask):
         return "position_ids"
+    return None
+
+
+def of_its_own(model: Any, mode: GenerationMode) -> str | None:
+    """What of a loop the model does in another way than its class, or transformers; None: nothing."""
+    loop = GENERATION_MODES_MAPPING[mode]
+    if getattr(type(model), loop) is not getattr(GenerationMixin, loop):
+        return f"a {loop} of the model's own"
+    for name in PREPARE:  # PEFT's prompts replace it for the time of a call
+        replaced = model.__dict__.get(name)
+        if replaced is not None and getattr(replaced, "__func__", None) is not getattr(type(model), name):
+            return f"another {name} than that of the model's class"
     return None
 
 

@@ -73,7 +73,7 @@ def pair() -> Pair:
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RegraftWarning)
-        warnings.filterwarnings("ignore", "LlamaForCausalLM: .*a signature beyond", RegraftWarning)
+        warnings.filterwarnings("ignore", "(LlamaForCausalLM|OwnSample): .*a signature beyond", RegraftWarning)
         yield
 
 
@@ -390,6 +390,41 @@ def test_models_that_override_generate() -> None:
         assert torch.equal(model.generate(**PROMPT, max_new_tokens=3), plain.generate(**PROMPT, max_new_tokens=3))
     assert model.report.record.generated == {PAGES: 1}
     assert not model.generate.decoding.engine().open
+
+
+class OwnSample(tf.LlamaForCausalLM):
+    """Overrides the loop that `generate` chooses."""
+
+    def _sample(self, input_ids: torch.Tensor, **prepared: Any) -> Any:
+        return super()._sample(input_ids, **prepared) + 1
+
+
+def test_models_that_override_the_loop() -> None:
+    plain = OwnSample(zoo.config("llama", 1)).eval()
+    model = regraft.optimize(copy.deepcopy(plain), verify="off", verbose=False)
+    model.generate.decoding.make = make
+    with pytest.warns(RegraftWarning, match="a _sample of the model's own: served by HuggingFace's loop"):
+        actual = model.generate(**PROMPT, max_new_tokens=3)
+    assert torch.equal(actual, plain.generate(**PROMPT, max_new_tokens=3))
+    assert model.report.record.generated == {HUGGINGFACE: 1}
+
+
+def test_prompts_that_are_tuned() -> None:
+    """PEFT puts its virtual tokens before the prompt by another `prepare_inputs_for_generation` of the instance."""
+    import peft
+
+    pair = Pair("llama")
+    wanted = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    plain, tuned = (peft.get_peft_model(model, wanted).eval() for model in (pair.plain, pair.model))
+    with torch.no_grad():
+        for parameter in plain.prompt_encoder.parameters():
+            parameter.normal_(std=3)
+    tuned.prompt_encoder.load_state_dict(plain.prompt_encoder.state_dict())
+    expected = plain.generate(**PROMPT, max_new_tokens=6)
+    with pytest.warns(RegraftWarning, match="another prepare_inputs_for_generation .*: served by HuggingFace's loop"):
+        assert torch.equal(tuned.generate(**PROMPT, max_new_tokens=6), expected)
+    actual, _ = pair.check(FAST, **PROMPT, max_new_tokens=6)  # without the virtual tokens, which matter
+    assert not torch.equal(actual, expected)
 
 
 def test_copies_and_restore() -> None:
