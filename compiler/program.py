@@ -25,8 +25,8 @@ class InputKind(enum.Enum):
     PACKED = "packed"
     """Computed once from weights by `recipe`; `target` is a name for it."""
     STEP = "step"
-    """What a step of decoding says beside its tokens: `target` is `cu_seqlens_q`, `lengths`, `max_q` (an int),
-    `slots.<group>` or `block_table.<group>`."""
+    """What a step of decoding says beside its tokens: `target` is `cu_seqlens_q`, `lengths`, `max_q` (an int), `fresh`
+    (a bool), `slots.<group>` or `block_table.<group>`."""
     PAGES = "pages"
     """Memory that the graph reads and writes: `target` is `k.<layer>`, `v.<layer>`, and their scales (None where pages
     are not quantised) `k_scale.<layer>`, `v_scale.<layer>`."""

@@ -24,14 +24,16 @@ _SIZES: Final = (
     (64, 1, 4096, 32, 8, 128),
     (32, 1, 1024, 12, 12, 64),
     (8, 512, 2048, 32, 8, 128),
+    (1, 2048, 2048, 32, 8, 128),
+    (1, 8192, 8192, 32, 8, 128),
 )
 
 
 def paged_attentions(dtype: torch.dtype) -> Iterator[Case]:
-    """Decode steps, and one of chunks of a prefill."""
+    """Decode steps, chunks of prefills, and whole prompts."""
     for size in _SIZES:
         sequences, queries, keys, heads, kv_heads, width = size
-        step = "decode" if queries == 1 else f"chunks of {queries}"
+        step = "decode" if queries == 1 else "whole prompts" if queries == keys else f"chunks of {queries}"
         name = f"{step}, {sequences} sequences of {keys} in pages of {PAGE}, {heads}/{kv_heads} heads of {width}"
         arguments, parts = functools.partial(_arguments, size, dtype), functools.partial(_parts, size)
         peers = {"SDPA of contiguous keys": functools.partial(_contiguous, size)} if queries == 1 else {}
@@ -57,6 +59,7 @@ def _arguments(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         "block_table": table.int(),
         "max_q": queries,
         "scale": width**-0.5,
+        "fresh": queries == keys,
     }
 
 

@@ -60,6 +60,22 @@ def _varlen_attention(args: Sequence[Any]) -> Features:
     }
 
 
+def _paged_attention(args: Sequence[Any]) -> Features:
+    """T rows of q, S sequences, H, G, D, DV, bytes; window and fresh are 0 or 1."""
+    q, k, v = args[:3]
+    return {
+        "T": q.shape[0],
+        "S": args[7].shape[0],
+        "H": q.shape[1],
+        "G": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "bytes": q.element_size(),
+        "window": int(args[15] >= 0),
+        "fresh": int(args[17]),
+    }
+
+
 def _linear(args: Sequence[Any]) -> Features:
     """M rows of x, weight N x K (both halves of a gated one), bytes; bias 0 or 1.
 
@@ -88,6 +104,7 @@ _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyT
     {
         "attention": _attention,
         "varlen_attention": _varlen_attention,
+        "paged_attention": _paged_attention,
         "linear_act": _linear_act,
         "gate_up": _linear,
         "qkv_rope": _linear,

@@ -31,6 +31,7 @@ def _cost(
     scale: float = 1.0,
     left: int = -1,
     softcap: float = 0.0,
+    fresh: bool = False,
 ) -> Cost:
     """As if every sequence filled its row of the table: an upper bound, the lengths are not known."""
     tokens, heads, width = sizes(q)
@@ -66,6 +67,7 @@ def _fake(
     scale: float = 1.0,
     left: int = -1,
     softcap: float = 0.0,
+    fresh: bool = False,
 ) -> Tensor:
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -125,6 +127,7 @@ def paged_attention(
     scale: float = 1.0,
     left: int = -1,
     softcap: float = 0.0,
+    fresh: bool = False,
 ) -> Tensor:
     """Writes k and v into pages, then attends: `[T, H, Dv]` contiguous in v's dtype.
 
@@ -140,6 +143,9 @@ def paged_attention(
     max_q: no sequence has more queries. sinks and softcap as in `attention`; slopes `[H]` (ALiBi): slope * j is added
     to the scores of key j. Pages of int8 or float8_e4m3fn have k_scale and v_scale, float32 `[P, page, Hkv]`, which are
     written with the rows (see `write_rows`); read rows are rounded to the dtype of q and v.
+
+    fresh: the caller knows that every sequence begins in this call (lengths[s] are its queries), so that k and v hold
+    all its keys; it changes how the result is found, not which.
     """
     write_rows(k, k_pages, slots, k_scale)
     write_rows(v, v_pages, slots, v_scale)

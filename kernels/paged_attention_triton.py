@@ -74,6 +74,7 @@ def paged_attention(
     scale: float = 1.0,
     left: int = -1,
     softcap: float = 0.0,
+    fresh: bool = False,
 ) -> Tensor:
     """As the op `paged_attention`. Raises ValueError for pages whose rows are not contiguous."""
     tokens, heads, d = q.shape
@@ -87,8 +88,8 @@ def paged_attention(
     scale_steps = tuple((0, 0, 0) if t is None else t.stride() for t in (k_scale, v_scale))
     if (k_scale is None) != (v_scale is None) or scale_steps[0] != scale_steps[1]:
         raise ValueError("k_scale and v_scale do not belong together")
-    q, k, v = (_dense(t) for t in (q, k, v))
-    sinks, slopes = (None if t is None else _dense(t) for t in (sinks, slopes))
+    q, k, v = (dense(t) for t in (q, k, v))
+    sinks, slopes = (None if t is None else dense(t) for t in (sinks, slopes))
     align, page_align = _unit(q, k, v), _unit(k_pages, v_pages)
     group, page = heads // kv_heads, k_pages.shape[1]
     rows = max_q * group
@@ -113,30 +114,7 @@ def paged_attention(
     same |= {"PRECISE": v.dtype == torch.float32, "R": group, **overlaps(q)}
     with on_device(q):
         if not fused:
-            block_t = 4 if tokens < 512 else 16
-            launch(
-                write_kernel,
-                (triton.cdiv(tokens, block_t), kv_heads),
-                k,
-                v,
-                k_pages,
-                v_pages,
-                slots,
-                q if k_scale is None else k_scale,
-                q if v_scale is None else v_scale,
-                tokens,
-                k.stride(0) // align,
-                k.stride(1) // align,
-                v.stride(0) // align,
-                v.stride(1) // align,
-                *into,
-                LARGEST=127.0 if k_pages.dtype == torch.int8 else 448.0,
-                INTEGER=k_pages.dtype == torch.int8,
-                BLOCK_T=block_t,
-                num_warps=4,
-                **shape,
-                **overlaps(q),
-            )
+            write_pages(k, v, k_pages, v_pages, slots, k_scale, v_scale)
         launch(
             paged_kernel,
             (programs, splits),
@@ -207,7 +185,50 @@ def paged_attention(
     return o
 
 
-def _dense(x: Tensor) -> Tensor:
+def write_pages(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Rows of k and v into pages, as `write_rows` does; steps of k_scale and v_scale are equal."""
+    (tokens, kv_heads, d), dv = k.shape, v.shape[-1]
+    align, page_align = _unit(k, v), _unit(k_pages, v_pages)
+    block_t = 4 if tokens < 512 else 16
+    launch(
+        write_kernel,
+        (triton.cdiv(tokens, block_t), kv_heads),
+        k,
+        v,
+        k_pages,
+        v_pages,
+        slots,
+        k if k_scale is None else k_scale,
+        k if v_scale is None else v_scale,
+        tokens,
+        *(t.stride(i) // align for t in (k, v) for i in (0, 1)),
+        *(step // page_align for t in (k_pages, v_pages) for step in t.stride()[:3]),
+        *((0, 0, 0) if k_scale is None else k_scale.stride()),
+        LARGEST=127.0 if k_pages.dtype == torch.int8 else 448.0,
+        INTEGER=k_pages.dtype == torch.int8,
+        BLOCK_T=block_t,
+        PAGE=k_pages.shape[1],
+        D=d,
+        DV=dv,
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK_DV=max(16, triton.next_power_of_2(dv)),
+        ALIGN=align,
+        PAGE_ALIGN=page_align,
+        SCALED=k_scale is not None,
+        num_warps=4,
+        **overlaps(k),
+    )
+
+
+def dense(x: Tensor) -> Tensor:
     """With contiguous rows: nearly always x itself."""
     return x if x.stride(-1) == 1 else library(torch.Tensor.contiguous, x)
 

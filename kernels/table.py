@@ -71,6 +71,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             moe_torch,
             moe_triton,
             moe_wgmma,
+            paged_attention_contiguous,
             paged_attention_triton,
             qkv_rope_triton,
             qkv_rope_wgmma,
@@ -91,6 +92,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             attention_gluon,
             attention_torch,
             paged_attention_triton,
+            paged_attention_contiguous,
             activation_triton,
             linear_act_torch,  # what nobody measured is left to the vendor's library
             linear_act_triton,

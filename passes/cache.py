@@ -142,6 +142,7 @@ class _Inputs:
             "cu_seqlens_q": self._step("cu_seqlens_q", ends),
             "lengths": self._step("lengths", torch.tensor(EXAMPLE, dtype=torch.int32)),
             "max_q": self._step("max_q", max(EXAMPLE)),
+            "fresh": self._step("fresh", False),
         }
         pages = torch.tensor([2, 0, 3], dtype=torch.int32)
         slots = [int(page) * _PAGE + i for page, length in zip(pages, EXAMPLE, strict=True) for i in range(length)]
@@ -223,7 +224,7 @@ def _rewrite(
         q, k, v = (heads_inside(graph, given[x]) for x in ("q", "k", "v"))
         table = (steps[f"slots.{layer.group}"], steps["cu_seqlens_q"], steps["lengths"])
         rest = (steps[f"block_table.{layer.group}"], steps["max_q"], given["sinks"], slopes)
-        numbers = (given["scale"], reach.left, given["softcap"])
+        numbers = (given["scale"], reach.left, given["softcap"], steps["fresh"])
         paged = _call(graph, node, paged_attention.overload, q, k, v, *pages[:2], *table, *rest, *pages[2:], *numbers)
     _replace(graph, node, paged)
 

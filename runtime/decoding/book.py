@@ -114,6 +114,7 @@ class Book:
         `padding` tokens and `absent` sequences, which are not there, follow.
         """
         page = self.pages[0][0].shape[1]
+        begins = not any(self.done[s] for s in take)
         tokens: list[Tensor] = []
         positions: list[int] = []
         ends, lengths = [0], []
@@ -139,6 +140,7 @@ class Book:
             slots=tuple(self._of(p + [-1] * padding) for p in places),
             tables=tuple(self._of(r + [[-1] * m] * absent).int() for r, m in zip(rows, most)),
             max_q=max(take.values()),
+            fresh=begins,
             encoder=self.encoder.step([s for s, count in take.items() for _ in range(count)], padding),
         )
 

@@ -111,7 +111,7 @@ class Engine:
             self._look_at_weights()
             tables = self.executor.tables
             batch = self.limits.max_batch_size
-            budget, sharing = self.limits.token_budget, self.limits.prefix_sharing
+            budget, sharing = self.limits.budget(tables.windows), self.limits.prefix_sharing
             scheduler = Scheduler(tables, batch, self.executor.max_seq_len, budget, sharing)
             call = Call(scheduler, self.executor, epilogue, steps)
             if encoded:
@@ -180,7 +180,7 @@ class Engine:
                     f"a prompt of {longest} tokens and {new} new ones need {longest + new - 1} positions; "
                     f"a sequence has at most {executor.max_seq_len} (max_seq_len)"
                 )
-            budget = self.limits.token_budget
+            budget = self.limits.budget(tables.windows)
             needed = []
             for group, pool in enumerate(tables.pools):
                 needed.append(sum(tables.peak(group, len(t) + new - 1, budget) for t in batch_ids))

@@ -185,7 +185,9 @@ class Executor:
         words = self._graph_input(host, padded, rows) if total <= SHORT else None
         if words is None or self.graphs is None:
             words = host.to(self.device, non_blocking=True)
-            return self._compute(words, rows, padded, 1 if longest == 1 else min(padded, token_bucket(longest)))
+            fresh = total > SHORT and not any(c.start for c in chunks)
+            most = 1 if longest == 1 else min(padded, token_bucket(longest))
+            return self._compute(words, rows, padded, most, fresh)
         words.copy_(host, non_blocking=True)
         logits, sampled = self.graphs.replay(("prefill", padded, rows))
         return logits, sampled
@@ -220,9 +222,11 @@ class Executor:
             self.graphs = None
         return self.graphs is not None
 
-    def _compute(self, words: Tensor, rows: int, padded: int, max_q: int) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, words: Tensor, rows: int, padded: int, max_q: int, fresh: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
-        step, sampled = unpacked(words, self.state.tables, rows, padded, max_q)
+        step, sampled = unpacked(words, self.state.tables, rows, padded, max_q, fresh)
         step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, padded)
         return self.flat(step), sampled
 

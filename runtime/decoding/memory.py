@@ -44,8 +44,9 @@ class Limits:
     """Of the free memory."""
     block_size: int = 16
     """Tokens of a page."""
-    token_budget: int = 2048
-    """Tokens of one prefill step: longer prompts are cut, so that others are decoded meanwhile."""
+    token_budget: int | None = None
+    """Tokens of one prefill step: longer prompts are cut, so that others are decoded meanwhile. By default 8192, or
+    2048 where layers have a window: they keep a step's tokens beside those that the window shows."""
     kv_dtype: torch.dtype | None = None
     """float8_e4m3fn or int8: keys and values in half the memory of bf16, for some loss; by default the model's."""
     prefix_sharing: bool = True
@@ -53,8 +54,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "token_budget"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)}: at least 1 is needed")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value}: at least 1 is needed")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise OptionError(f"max_seq_len={self.max_seq_len}: at least 2 is needed")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
@@ -63,6 +65,12 @@ class Limits:
             raise OptionError(f"kv_dtype={self.kv_dtype}: expected one of {', '.join(map(str, PAGE_DTYPES))}")
         if self.block_size not in BLOCK_SIZES:
             raise OptionError(f"block_size={self.block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
+
+    def budget(self, windows: Sequence[int]) -> int:
+        """Tokens of a prefill step of a model whose groups have these windows (-1: none)."""
+        if self.token_budget is not None:
+            return self.token_budget
+        return 8192 if all(left < 0 for left in windows) else 2048
 
 
 def block_bytes(layers: Sequence[LayerSpec], group: int, block_size: int) -> int:
@@ -98,7 +106,7 @@ def count_blocks(
     whole = -(-max_seq_len // size)
     most = []
     for left in windows:
-        seen = whole if left < 0 else min(whole, -(-(left + limits.token_budget) // size) + 1)
+        seen = whole if left < 0 else min(whole, -(-(left + limits.budget(windows)) // size) + 1)
         most.append(limits.max_batch_size * seen)
     free = free_bytes(device)
     wanted = sum(count * b for count, b in zip(most, bytes_of))

@@ -38,7 +38,9 @@ def packed(chunks: Items[Chunk], rows: int, padded: int, groups: int, block_size
     return torch.from_numpy(whole)
 
 
-def unpacked(words: Tensor, tables: tuple[Tensor, ...], rows: int, padded: int, max_q: int) -> tuple[Step, Tensor]:
+def unpacked(
+    words: Tensor, tables: tuple[Tensor, ...], rows: int, padded: int, max_q: int, fresh: bool
+) -> tuple[Step, Tensor]:
     """The step that `packed` laid out, and which rows sample, bool [rows]; tables are those of all rows or more."""
     groups = len(tables)
     sizes = [padded, padded, groups * padded, rows, rows + 1, rows, rows]
@@ -52,5 +54,6 @@ def unpacked(words: Tensor, tables: tuple[Tensor, ...], rows: int, padded: int, 
         slots=tuple(slots.view(groups, padded).unbind(0)),
         tables=tuple(t[:rows] for t in tables),
         max_q=max_q,
+        fresh=fresh,
     )
     return step, sampled.bool()

@@ -67,6 +67,8 @@ class Step:
     """For each group int32 [S, most]: the pages of the sequence, in order."""
     max_q: int
     """The most tokens of one sequence in this step."""
+    fresh: bool = False
+    """Whether every sequence begins in this step: nothing is read from pages then where a kernel makes use of it."""
     encoder: EncoderStep | None = None
     """Of a decoder beside an encoder."""
 
@@ -182,7 +184,7 @@ class FlatProgram:
         tensors = (*given, *step.slots, *step.tables)
         if step.encoder is not None:
             tensors += (step.encoder.slots, step.encoder.starts, step.encoder.lengths, step.encoder.table)
-        key = (step.max_q, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
+        key = (step.max_q, step.fresh, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
         plans = self._plans.get(key)
         if plans is not None:
             return choice.following(plans, self._run, values)

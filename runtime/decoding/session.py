@@ -140,7 +140,7 @@ class Session:
         numbers = {s: i for i, s in enumerate(sequences)}
         todo = list(sequences)
         while todo:
-            budget, chunks = self._engine.limits.token_budget, []
+            budget, chunks = self._engine.limits.budget(self._tables.windows), []
             for sequence in todo:
                 count = min(budget, len(sequence.tokens) - sequence.computed)
                 if count:

@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "own_rule.py"
 def test_the_right_rule_is_taken_and_the_wrong_one_reverted(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     out = capsys.readouterr().out
-    assert "softcap: fused ['div + tanh + mul -> softcap (x1)'], reverted nothing" in out
+    assert "own_softcap: fused ['div + tanh + mul -> softcap (x1)'], reverted nothing" in out
     assert "wrong_softcap: fused nothing, reverted ['wrong_softcap" in out
-    assert "softcap: 3 graphs in fp64 and 3 in bf16 compute the same" in out
+    assert "own_softcap: 3 graphs in fp64 and 3 in bf16 compute the same" in out
     assert "rule wrong_softcap changes the result by" in out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regraft.kernels.attention import attention
 from regraft.kernels.launch import INTERPRETED
+from regraft.kernels.op import Kernel
 from regraft.kernels.paged_attention import paged_attention
 from regraft.kernels.replay import record
 from regraft.kernels.table import PROVIDERS
@@ -154,21 +155,21 @@ def test_reference_divides_by_a_scale(pages: torch.dtype) -> None:
         assert bool(((read - x).abs() <= step * 1.001).all())
 
 
-KERNEL = PROVIDERS["paged_attention"][0] if PROVIDERS else None
+KERNEL, BEGINS = PROVIDERS["paged_attention"] if PROVIDERS else (None, None)
 
 
 SCALED = [torch.int8] if INTERPRETED else [torch.int8, torch.float8_e4m3fn]
 """The interpreter truncates to float8_e4m3fn instead of rounding."""
 
 
-def run_kernel(arguments: dict[str, Any]) -> Tensor:
-    assert KERNEL is not None
-    assert KERNEL.supports(paged_attention.signature(**arguments)) is None
-    result: Tensor = KERNEL.run(**arguments)
+def run_kernel(arguments: dict[str, Any], kernel: Kernel | None = KERNEL) -> Tensor:
+    assert kernel is not None
+    assert kernel.supports(paged_attention.signature(**arguments)) is None
+    result: Tensor = kernel.run(**arguments)
     return result
 
 
-def check(arguments: dict[str, Any], ulps: float = 16.0) -> None:
+def check(arguments: dict[str, Any], ulps: float = 16.0, kernel: Kernel | None = KERNEL) -> None:
     """Result and pages of the kernel against those of the reference; an fp64 run of it is the oracle."""
     mine, plain, wide = (cloned(arguments) for _ in range(3))
     for name in ("q", "k", "v", "sinks", "slopes"):
@@ -176,7 +177,7 @@ def check(arguments: dict[str, Any], ulps: float = 16.0) -> None:
             wide[name] = wide[name].double()
     if wide.get("k_scale") is None:
         wide |= {name: wide[name].double() for name in ("k_pages", "v_pages")}
-    actual, reference = run_kernel(mine), paged_attention.reference(**plain)
+    actual, reference = run_kernel(mine, kernel), paged_attention.reference(**plain)
     assert_close(actual, reference, paged_attention.reference(**wide), ulps)
     for name in ("k_pages", "v_pages"):
         assert torch.equal(mine[name].float().nan_to_num(7e7), plain[name].float().nan_to_num(7e7))
@@ -194,6 +195,25 @@ def test_triton(step: str, option: str, dtype: torch.dtype, device: str) -> None
     named: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
     made = batch(*STEPS[step], left=named.get("left", -1), padding=2, dtype=dtype, device=device)
     check({**made.arguments, **named})
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "slopes"])
+def test_sequences_that_begin_need_no_pages(option: str, dtype: torch.dtype, device: str) -> None:
+    """Pages are written, and what they hold besides is NaN; a call that is not fresh reads them."""
+    named: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
+    for queries, keys, fresh in (([5, 33, 0, 1], [5, 33, 0, 1], True), ([5, 20], [40, 20], False)):
+        made = batch(queries, keys, left=named.get("left", -1), padding=2, dtype=dtype, device=device)
+        check({**made.arguments, **named, "fresh": fresh}, kernel=BEGINS)
+
+
+@on_devices
+def test_slopes_are_read_with_pages(device: str) -> None:
+    arguments = batch([3, 4], [3, 4], dtype=torch.float16, device=device).arguments
+    slopes = torch.ones(4, device=device)
+    assert BEGINS is not None and BEGINS.supports(paged_attention.signature(**arguments)) is None
+    assert BEGINS.supports(paged_attention.signature(**arguments, slopes=slopes)) == "slopes is given"
 
 
 @on_devices
