@@ -80,6 +80,7 @@ class Settings:
 
         Raises:
             TypeError: the request's `params` are something else than `SamplingParams`.
+            ValueError: a sequence with a bias has a token beyond the vocabulary.
         """
         if sequence is None:
             self._params.pop(row, None)
@@ -89,6 +90,7 @@ class Settings:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params of a request are {type(params).__name__}, not SamplingParams")
+        _check_words(params, self.vocab)
         if row >= self._rows:
             self._grow(row + 1)
         self._params[row] = params
@@ -208,6 +210,13 @@ class Settings:
         self.words = {n: Words(*(_taller(t, rows) for t in w.tensors)) for n, w in self.words.items()}
         self._rows = rows
         self.version += 1
+
+
+def _check_words(params: SamplingParams, vocab: int) -> None:
+    for name in WORDS:
+        beyond = [t for tokens, _ in getattr(params, name) for t in tokens if not 0 <= t < vocab]
+        if beyond:
+            raise ValueError(f"{name}: the model's vocabulary has {vocab} tokens; {beyond} are beyond it")
 
 
 def _tokens_of(name: str, params: SamplingParams, history: Sequence[int]) -> Sequence[int]:

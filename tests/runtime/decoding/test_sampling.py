@@ -181,6 +181,15 @@ def test_settings_of_a_row_do_not_outlive_its_sequence() -> None:
     assert torch.equal(sampler(logits, active), best)
 
 
+def test_words_beyond_the_vocabulary_are_refused() -> None:
+    """On a GPU they would end the process; nothing of them stays."""
+    sampler, logits = Sampler(VOCAB, "cpu"), torch.randn(1, VOCAB)
+    for params in (SamplingParams(sequence_bias=(((VOCAB,), 1.0),)), SamplingParams(bad_words=(((3, VOCAB), -1.0),))):
+        with pytest.raises(ValueError, match=rf"vocabulary has {VOCAB} tokens; \[{VOCAB}\] are beyond"):
+            sampler.assign(0, row([5], params))
+        assert torch.equal(sampler(logits, torch.tensor([True])), logits.argmax(-1))
+
+
 def test_the_key_tells_what_is_captured() -> None:
     sampler = Sampler(VOCAB, "cpu")
     sampler.assign(0, row(PROMPT[0], SamplingParams(do_sample=True, top_k=5, temperature=0.5)))
