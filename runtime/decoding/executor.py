@@ -139,8 +139,10 @@ class Executor:
                 former = self._assigned[row][1]
                 if former is not None and former is not epilogue:
                     former.assign(row, None)
+                self._assigned[row] = (owner, epilogue)  # first: `forget` clears what is interrupted on the way
                 epilogue.assign(row, owner)
-                self._assigned[row] = (owner, epilogue if owner is not None else None)
+                if owner is None:
+                    self._assigned[row] = (None, None)
 
     def release(self, sequences: Items[Sequence]) -> None:
         """These are gone: their rows keep nothing of them."""

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import regraft
 from regraft.runtime import dispatch
+from regraft.runtime.decoding.settings import Settings
 from regraft.runtime.errors import RegraftWarning
 
 NEW = 8
@@ -217,3 +218,21 @@ def test_threads_and_interrupts() -> None:
         model.generate(prompt["input_ids"][1:2], max_new_tokens=40, streamer=Interrupts())
     tables.check([])
     assert torch.equal(model.generate(**prompt, **calls[0]), expected[0])
+
+
+def test_an_interrupt_while_settings_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is in use afterwards, neither those that were written nor those on the way."""
+    model = regraft.optimize(zoo.build("llama")[0], verbose=False, decoding={"max_seq_len": 64, "max_batch_size": 9})
+    write, written = Settings._write, []
+
+    def interrupted(settings: Settings, row: int, *arguments: Any) -> None:
+        if row == 2:
+            raise KeyboardInterrupt
+        write(settings, row, *arguments)
+        written.append(settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Settings, "_write", interrupted)
+        model.generate(**ragged(), max_new_tokens=NEW, bad_words_ids=[[7]])
+    assert len(written) == 2
+    assert not written[0].features
