@@ -224,9 +224,7 @@ class Executor:
             self.graphs = None
         return self.graphs is not None
 
-    def _compute(
-        self, words: Tensor, rows: int, padded: int, max_q: int, fresh: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _compute(self, words: Tensor, rows: int, padded: int, max_q: int, fresh: bool = False) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
         step, sampled = unpacked(words, self.state.tables, rows, padded, max_q, fresh)
         step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, padded)
