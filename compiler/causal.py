@@ -1,20 +1,21 @@
-"""What the attention of one sequence sees, for keys that are kept: all before the query, or a window; ALiBi's slopes.
+"""What the attention of one sequence sees, for keys that are kept: all before the query, or a window; biases.
 
     reach = Causal(program, model).of(node)         # node: a call of regraft::attention
     #   key j is visible from position p where p - reach.left <= j <= p (left -1: where j <= p),
-    #   and reach.slopes[h] * j is added to its scores
+    #   and reach.slopes[h] * j, or what reach.relative has for its distance, is added to its scores
 
 The masks of an attention are a part of the graph that reads positions and sizes. That part is run for one sequence at
 several lengths, beyond every window that its own numbers could mean; a window longer than `LARGEST` is found by putting
 smaller numbers in its place. A bias is ALiBi where what it adds to key j differs from slope * j only by a constant of
-the row, which a softmax does not see. Anything else is refused with a reason: bidirectional, prefixes, chunks, relative
-positions, padding, masks that read tokens.
+the row, which a softmax does not see; one that is looked up by distance is a table (`relative`). Anything else is
+refused with a reason: bidirectional, prefixes, chunks, padding, masks that read tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .masks import config_sizes, name_of_plane, reads_activations
 from .opset import arguments
 from .program import InputKind, Program
 from .provenance import module_of
+from .relative import Relative, relative_bias
 from .slices import Slice, SliceError
 
 LARGEST = 4096
@@ -47,6 +49,8 @@ class Reach:
 
     left: int
     slopes: Tensor | None = None
+    relative: Relative | None = None
+    """A bias by distance, if any."""
     longest: int | None = None
     """The longest sequence for which the model has a mask or bias, if they come from a table."""
 
@@ -83,6 +87,10 @@ class Causal:
 
     def _find(self, node: fx.Node, given: Mapping[str, Any], heads: int) -> Reach:
         names = [x for x in _SOURCES if given[x] is not None]
+        relative = None
+        if "bias" in names:
+            relative = relative_bias(self.program, self.model, given["bias"], partial(one_sequence, self.program))
+            names = [x for x in names if x != "bias" or relative is None]
         nodes = [given[x] for x in names]
         if any(map(reads_activations, nodes)):
             raise CacheError(f"the mask or bias of {_place(node)} is computed from activations")
@@ -112,7 +120,7 @@ class Causal:
             reach = replace(reach, left=given["left"] if reach.left < 0 else min(reach.left, given["left"]))
         if reach.slopes is not None and _reads_parameters(piece):
             raise CacheError(f"the bias of {look.place} is computed from weights")
-        return reach
+        return replace(reach, relative=relative)
 
 
 @dataclass(frozen=True)

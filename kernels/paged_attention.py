@@ -32,6 +32,7 @@ def _cost(
     left: int = -1,
     softcap: float = 0.0,
     fresh: bool = False,
+    relative: Tensor | None = None,
 ) -> Cost:
     """As if every sequence filled its row of the table: an upper bound, the lengths are not known."""
     tokens, heads, width = sizes(q)
@@ -44,7 +45,7 @@ def _cost(
     row += sum(t.element_size() for t in (k_scale, v_scale) if t is not None)
     pairs = heads * sequences * visible_pairs(size(max_q), keys, left, 0)
     moved = sequences * seen * kv_heads * row + tokens * kv_heads * row  # read; written
-    moved += nbytes(q, k, v, slots, cu_seqlens_q, lengths, block_table, sinks, slopes)
+    moved += nbytes(q, k, v, slots, cu_seqlens_q, lengths, block_table, sinks, slopes, relative)
     moved += tokens * heads * value_width * v.element_size()
     return Cost(pairs * (2 * width + 2 * value_width + 5), moved)
 
@@ -68,6 +69,7 @@ def _fake(
     left: int = -1,
     softcap: float = 0.0,
     fresh: bool = False,
+    relative: Tensor | None = None,
 ) -> Tensor:
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -128,6 +130,7 @@ def paged_attention(
     left: int = -1,
     softcap: float = 0.0,
     fresh: bool = False,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Writes k and v into pages, then attends: `[T, H, Dv]` contiguous in v's dtype.
 
@@ -141,8 +144,9 @@ def paged_attention(
 
     lengths[s] = 0 is a sequence that is not there: its rows are zeros, as are rows of q behind the last sequence.
     max_q: no sequence has more queries. sinks and softcap as in `attention`; slopes `[H]` (ALiBi): slope * j is added
-    to the scores of key j. Pages of int8 or float8_e4m3fn have k_scale and v_scale, float32 `[P, page, Hkv]`, which are
-    written with the rows (see `write_rows`); read rows are rounded to the dtype of q and v.
+    to the scores of key j; relative `[H, W]`: relative[h, min(p - j, W - 1)] is added to those of the query at p. Pages
+    of int8 or float8_e4m3fn have k_scale and v_scale, float32 `[P, page, Hkv]`, which are written with the rows (see
+    `write_rows`); read rows are rounded to the dtype of q and v.
 
     fresh: the caller knows that every sequence begins in this call (lengths[s] are its queries), so that k and v hold
     all its keys; it changes how the result is found, not which.
@@ -162,6 +166,10 @@ def paged_attention(
         bias = None
         if slopes is not None:
             bias = slopes[:, None, None] * torch.arange(first, length, device=q.device)  # [H, 1, K]
+        if relative is not None:
+            places = torch.arange(first, length, device=q.device)
+            apart = (places[-queries:, None] - places).clamp(0, relative.shape[1] - 1)
+            bias = relative[:, apart] if bias is None else bias + relative[:, apart]  # [H, Q, K]
         heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q[rows], k_of, v_of))
         named = {"sinks": sinks, "scale": scale, "left": left, "right": 0, "softcap": softcap}
         out[rows] = attention.reference(*heads_first, bias=bias, **named)[0]

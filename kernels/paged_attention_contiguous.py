@@ -43,8 +43,9 @@ def paged_attention(
     left: int = -1,
     softcap: float = 0.0,
     fresh: bool = False,
+    relative: Tensor | None = None,
 ) -> Tensor:
-    """As the op `paged_attention`, without slopes and scales."""
+    """As the op `paged_attention`, without slopes, a table of biases and scales."""
     if not fresh:
         args = (q, k, v, k_pages, v_pages, slots, cu_seqlens_q, lengths, block_table, max_q)
         return paged_attention_triton.paged_attention(*args, sinks, slopes, k_scale, v_scale, scale, left, softcap)
@@ -59,7 +60,7 @@ def paged_attention(
 
 
 def _supports(signature: Signature) -> str | None:
-    for name in ("slopes", "k_scale", "v_scale"):
+    for name in ("slopes", "relative", "k_scale", "v_scale"):
         if signature[name] is not None:
             return f"{name} is given"
     packed = {name: signature[name] for name in ("q", "k", "v", "cu_seqlens_q", "sinks", "scale", "left", "softcap")}

@@ -60,6 +60,7 @@ def paged_kernel(
     table_ptr,
     sinks_ptr,
     slopes_ptr,
+    relative_ptr,  # [H, RELATIVE]
     k_scale_ptr,
     v_scale_ptr,
     o_ptr,  # [TOKENS, H, DV]
@@ -93,6 +94,7 @@ def paged_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    RELATIVE: tl.constexpr,  # distances of a table of biases; 0: there is none
     SCALED: tl.constexpr,  # pages hold numbers divided by a scale
     FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -221,6 +223,9 @@ def paged_kernel(
             s = _soften(s, scale, softcap, PRECISE, PRECISE) if HAS_SOFTCAP else s * (scale * unit)
             if HAS_SLOPES:
                 s += slope[:, None] * (key - (K - 1)).to(tl.float32)[None, :]
+            if RELATIVE:
+                apart = tl.minimum(tl.maximum(position[:, None] - key[None, :], 0), RELATIVE - 1)
+                s += tl.load(relative_ptr + head[:, None] * RELATIVE + apart).to(tl.float32) * unit
             if SEGMENT != 1:
                 visible = is_key[None, :] & (key[None, :] <= position[:, None])
                 if HAS_LEFT:

@@ -38,16 +38,17 @@ FUSED_ROWS: Final = 32
 
 
 def _plan(
-    d: int, dv: int, itemsize: int, page_bytes: int, rows: int, aligned: bool
+    d: int, dv: int, itemsize: int, page_bytes: int, rows: int, aligned: bool, pair_bytes: int = 0
 ) -> tuple[dict[str, int], AttentionMemory]:
     """The features by which a configuration is chosen, and its need of shared memory.
 
-    `rows`: queries of a sequence times the heads that read one kv head.
+    `rows`: queries of a sequence times the heads that read one kv head. `pair_bytes`: of a table of biases, what is
+    read of it for one pair of query and key.
     """
     blocks = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     features = {"D": max(blocks), "bytes": itemsize, "page_bytes": page_bytes, "rows": rows}
     features["aligned"] = int(aligned)
-    return features, AttentionMemory(*blocks, itemsize, 0)
+    return features, AttentionMemory(*blocks, itemsize, pair_bytes)
 
 
 def splits_of(programs: int, keys: int, device: torch.device) -> int:
@@ -75,6 +76,7 @@ def paged_attention(
     left: int = -1,
     softcap: float = 0.0,
     fresh: bool = False,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """As the op `paged_attention`. Raises ValueError for pages whose rows are not contiguous."""
     tokens, heads, d = q.shape
@@ -90,11 +92,13 @@ def paged_attention(
         raise ValueError("k_scale and v_scale do not belong together")
     q, k, v = (dense(t) for t in (q, k, v))
     sinks, slopes = (None if t is None else dense(t) for t in (sinks, slopes))
+    relative = None if relative is None else library(torch.Tensor.contiguous, relative)
     align, page_align = _unit(q, k, v), _unit(k_pages, v_pages)
     group, page = heads // kv_heads, k_pages.shape[1]
     rows = max_q * group
     aligned = all(rows_aligned(t) for t in (q, k_pages, v_pages))
-    plan = _plan(d, dv, q.element_size(), k_pages.element_size(), rows, aligned)
+    pair_bytes = 0 if relative is None else relative.element_size()
+    plan = _plan(d, dv, q.element_size(), k_pages.element_size(), rows, aligned, pair_bytes)
     config = choose("paged_attention", *plan, q.device)
     fused = k_pages.dtype == k.dtype and rows <= min(config["BLOCK_M"], FUSED_ROWS)
     blocks = triton.cdiv(rows, config["BLOCK_M"])
@@ -129,6 +133,7 @@ def paged_attention(
             block_table,
             q if sinks is None else sinks,
             q if slopes is None else slopes,
+            q if relative is None else relative,
             q if k_scale is None else k_scale,
             q if v_scale is None else v_scale,
             o,
@@ -151,6 +156,7 @@ def paged_attention(
             float(softcap),
             left,
             HAS_SOFTCAP=softcap != 0.0,
+            RELATIVE=0 if relative is None else relative.shape[1],
             FUSED=fused,
             SPLIT=splits > 1,
             STAGES=config.num_stages,
@@ -244,7 +250,7 @@ def _supports(signature: Signature) -> str | None:
     integers = ("slots", "cu_seqlens_q", "lengths", "block_table")
     others = (*integers, "k_pages", "v_pages", "k_scale", "v_scale")
     return (
-        refuse_tensors(signature, ("q", "k", "v", "sinks", "slopes"), others)
+        refuse_tensors(signature, ("q", "k", "v", "sinks", "slopes", "relative"), others)
         or refuse_mixed(signature, ("q", "k", "v"))
         or _refuse_indices(signature, integers)
         or _refuse_sizes(signature)
@@ -274,6 +280,9 @@ def _refuse_sizes(signature: Signature) -> str | None:
     for width in (q[2], v[2]):
         if not 0 < width <= MAX_HEAD_DIM:
             return f"a head dimension is {width}; this kernel takes 1 to {MAX_HEAD_DIM}"
+    relative = signature["relative"]
+    if relative is not None and (len(relative.shape) != 2 or relative.shape[0] != q[1] or not relative.shape[1]):
+        return f"relative is {list(relative.shape)} for {q[1]} heads"
     return refuse_vector(signature, "sinks", q[1]) or refuse_vector(signature, "slopes", q[1])
 
 
@@ -294,9 +303,10 @@ def _refuse_pages(signature: Signature) -> str | None:
 
 
 def _refuse_memory(signature: Signature) -> str | None:
-    q, k_pages, v = (signature[name] for name in ("q", "k_pages", "v"))
+    q, k_pages, v, relative = (signature[name] for name in ("q", "k_pages", "v", "relative"))
+    pair_bytes = 0 if relative is None else relative.dtype.itemsize
     for aligned in (True, False):
-        plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY, aligned)
+        plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY, aligned, pair_bytes)
         reason = refuse_memory("paged_attention", *plan, q.device)
         if reason is not None:
             return reason

@@ -30,6 +30,7 @@ from ..compiler.positions import positions_allowed
 from ..compiler.program import Input, InputKind, LayerSpec, Program
 from ..compiler.provenance import module_of, source_of
 from ..compiler.records import PassResult, Rewrite
+from ..compiler.relative import Relative
 from ..compiler.rule import Stage
 from ..kernels.paged_attention import PAGE_DTYPES, paged_attention
 
@@ -71,6 +72,7 @@ def cache(program: Program, context: Context) -> PassResult:
         _rewrite(graph, node, reach, layer, inputs.pages(index, layer), steps, inputs)
         kind = "causal" if reach.left < 0 else f"causal, window {reach.left + 1}"
         kind += "" if reach.slopes is None else ", ALiBi"
+        kind += "" if reach.relative is None else ", bias by distance"
         label = f"attention -> paged_attention ({kind})"
         result.rewrites.append(Rewrite("cache", module_of(node), source_of(node), label, (node.name,), (node.name,)))
     if crossing:
@@ -117,6 +119,7 @@ class _Inputs:
 
     def __init__(self, program: Program, mode: Any, device: torch.device) -> None:
         self.program, self.mode, self.device = program, mode, device
+        self.tables: dict[tuple[Any, ...], fx.Node] = {}
         self.last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
 
     def add(self, kind: InputKind, target: str, value: Any, dynamic: Sequence[int] = ()) -> fx.Node:
@@ -224,7 +227,9 @@ def _rewrite(
         q, k, v = (heads_inside(graph, given[x]) for x in ("q", "k", "v"))
         table = (steps[f"slots.{layer.group}"], steps["cu_seqlens_q"], steps["lengths"])
         rest = (steps[f"block_table.{layer.group}"], steps["max_q"], given["sinks"], slopes)
-        numbers = (given["scale"], reach.left, given["softcap"], steps["fresh"])
+        numbers: list[Any] = [given["scale"], reach.left, given["softcap"], steps["fresh"]]
+        if reach.relative is not None:
+            numbers.append(_table(graph, node, inputs, reach.relative))
         paged = _call(graph, node, paged_attention.overload, q, k, v, *pages[:2], *table, *rest, *pages[2:], *numbers)
     _replace(graph, node, paged)
 
@@ -268,6 +273,17 @@ def heads_inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if node.target is aten.transpose.int and (given["dim0"], given["dim1"]) == (-3, -2):
         return _call(graph, node, aten.select.int, given["self"], 0, 0)
     return _call(graph, node, aten.transpose.int, _call(graph, node, aten.select.int, node, 0, 0), 0, 1)
+
+
+def _table(graph: fx.Graph, node: fx.Node, inputs: _Inputs, relative: Relative) -> fx.Node:
+    """`[H, W]` of the weight as it is in the call; attentions with one bias share it."""
+    key = (relative.weight, tuple(relative.buckets.tolist()))
+    if key not in inputs.tables:
+        buckets = inputs.constant(f"buckets.{len(inputs.program.inputs)}", relative.buckets)
+        rows = _call(graph, node, aten.embedding.default, relative.weight, buckets)
+        across = _call(graph, node, aten.transpose.int, rows, 0, 1)
+        inputs.tables[key] = _call(graph, node, aten.clone.default, across)
+    return inputs.tables[key]
 
 
 def _slopes(inputs: _Inputs, slopes: Tensor) -> fx.Node:

@@ -63,6 +63,10 @@ def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None])
         paged_attention_triton.paged_attention(*given, k_scale=scales, v_scale=scales)
         plan = paged_attention_triton._plan(width, width, 2, stored.itemsize, 4 * queries, width % 8 == 0)
         record(f"paged_attention {width} {queries} {stored}", plan[1])
+        if (width, stored) == (128, half):
+            paged_attention_triton.paged_attention(*given, relative=torch.empty(8, 129, dtype=half))
+            plan = paged_attention_triton._plan(width, width, 2, 2, 4 * queries, True, 2)
+            record(f"paged_attention {width} {queries} biased torch.bfloat16", plan[1])
 
 
 def main(capability: int, limit: int) -> list[dict[str, Any]]:

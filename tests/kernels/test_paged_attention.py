@@ -95,6 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": torch.tensor([0.5, 2.0, -1.0, 0.0])},
     "slopes": {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
     "softcap": {"softcap": 1.5},
+    "relative": {"relative": torch.linspace(-2, 2, 36).view(4, 9).cos()},
 }
 
 STEPS = {
@@ -112,10 +113,13 @@ def test_reference_is_attention_on_contiguous_keys(step: str, option: str) -> No
     named = dict(OPTIONS[option])
     made = batch(queries, keys, left=named.get("left", -1), value_width=8, padding=2)
     y = paged_attention(**{**made.arguments, **named})
-    slopes = named.pop("slopes", None)
+    slopes, relative = named.pop("slopes", None), named.pop("relative", None)
     row = 0
     for s, (new, length) in enumerate(zip(queries, keys, strict=True)):
         bias = None if slopes is None else slopes[:, None, None] * torch.arange(length)
+        if relative is not None:
+            places = torch.arange(length)
+            bias = relative[:, (places[length - new :, None] - places).clamp(0, 8)]
         heads_first = (t.transpose(0, 1)[None] for t in (made.arguments["q"][row : row + new], made.k[s], made.v[s]))
         if new:
             expected = attention(*heads_first, bias=bias, scale=0.25, right=0, **named)[0]
@@ -172,7 +176,7 @@ def run_kernel(arguments: dict[str, Any], kernel: Kernel | None = KERNEL) -> Ten
 def check(arguments: dict[str, Any], ulps: float = 16.0, kernel: Kernel | None = KERNEL) -> None:
     """Result and pages of the kernel against those of the reference; an fp64 run of it is the oracle."""
     mine, plain, wide = (cloned(arguments) for _ in range(3))
-    for name in ("q", "k", "v", "sinks", "slopes"):
+    for name in ("q", "k", "v", "sinks", "slopes", "relative"):
         if wide.get(name) is not None:
             wide[name] = wide[name].double()
     if wide.get("k_scale") is None:

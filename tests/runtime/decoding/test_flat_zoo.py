@@ -11,7 +11,7 @@ from regraft.runtime.decoding.flat import make
 
 FULL = (-1,)
 WINDOWS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys((*zoo.DECODERS, "whisper", "bart"), FULL),
+    **dict.fromkeys((*zoo.DECODERS, "whisper", "bart", "t5"), FULL),
     "mistral": (5,),
     "starcoder2": (5,),
     "cohere2": (5,),
@@ -21,14 +21,13 @@ WINDOWS: dict[str, tuple[int, ...]] = {
 }
 """The window `left` of each group: two layers, of which some kinds alternate."""
 LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128, "whisper": 64, "bart": 128}
-MASKED = {"whisper": False, "bart": True}
+MASKED = {"whisper": False, "bart": True, "t5": True}
 """Decoders beside an encoder, and whether `attention_mask` says which of its states they see."""
 REFUSED = {
     "mamba2": "no attention was recognised",
     "llama4_text": "chunked",
     "phi3_longrope": "how long other sequences are",
     "llama_dynamic": "how long other sequences are",
-    "t5": "not a slope",
 }
 
 
