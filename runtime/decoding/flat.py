@@ -131,7 +131,8 @@ def _encoder(builder: Builder, program: Program) -> EncoderProgram | None:
     """What computes the keys and values of an encoder's states, where the program has them as an input."""
     if STATES not in program.example:
         return None
-    masked = sees_masked(as_decoder(builder.original), program.example[STATES], program.example["input_ids"])
+    given = program.example[STATES], program.example["input_ids"]
+    masked = sees_masked(builder.module, as_decoder(builder.original), *given)
     return EncoderProgram(_in_form(builder, program, "encoded"), builder.weights, masked)
 
 

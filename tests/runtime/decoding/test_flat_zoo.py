@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import zoo
-from flat_models import builder_of
+from flat_models import builder_of, flat_of, tiny
 
 from regraft.runtime.build import Unserved
 from regraft.runtime.decoding.flat import make
@@ -46,6 +47,14 @@ def test_served(name: str) -> None:
     found = builder.record.generate
     assert found is not None
     assert found["paged"] and found["error"] <= found["bound"]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_beside_an_encoder_in_half_precision(name: str) -> None:
+    """What `attention_mask` means is seen although logits of random states hardly differ by more than rounding."""
+    flat = flat_of(tiny(name, dtype=torch.bfloat16))
+    assert flat.encoder is not None
+    assert flat.encoder.masked == MASKED[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
