@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_models import flat_of, tiny
 from paged_flat import Greedy, TinyFlat, prompts
 
 from regraft.runtime.decoding.engine import Engine
@@ -167,3 +168,20 @@ def test_inference_mode_of_a_caller_does_not_stay(first: bool) -> None:
         logits = session.prefill()
     session.step(logits.argmax(-1))
     session.close()
+
+
+def test_beside_an_encoder() -> None:
+    """Rows read the states of whoever has them now: rounds of other states give what they give without graphs."""
+    flat = flat_of(tiny("bart", tie_word_embeddings=False, init_std=0.3))
+    torch.manual_seed(0)
+    rounds = [[torch.randn(n, 64) for n in lengths] for lengths in ((7, 40, 16), (33, 5, 20), (1, 17, 60), (8, 8, 9))]
+    requests = [Request([2, 5 + i], max_new_tokens=9 + i) for i in range(3)]
+    found = []
+    for graphs in (None, Repeated()):
+        engine = Engine(flat, "cpu", Limits(max_batch_size=4, max_seq_len=40))
+        engine.executor.graphs = graphs  # type: ignore[assignment]
+        sampler = Greedy()
+        found.append([engine.run(requests, sampler, states=states) for states in rounds])
+    assert graphs is not None and graphs.replays > 30
+    assert found[0] == found[1]
+    assert len({str(tokens) for tokens in found[0]}) > 1
