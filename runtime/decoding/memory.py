@@ -16,8 +16,8 @@ from ..errors import InputError, OptionError
 BLOCK_SIZES: Final = (16, 32, 64)
 FRACTION: Final = 0.5
 """Of the free device memory, where nothing else is said: the other half stays the program's around us."""
-RESERVE: Final = 512 << 20
-"""Of the device memory that is free, what graphs and activations need."""
+RESERVE: Final = 1 << 30
+"""Of the device memory that is free, what graphs need, and the activations of a prefill step of 8192 tokens."""
 CPU_BYTES: Final = 512 << 20
 LONGEST: Final = 131072
 """Tokens of a sequence where neither model nor user bounds them."""
