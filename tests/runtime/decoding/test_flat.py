@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from flat_models import flat_of, tiny
+from flat_models import builder_of, flat_of, tiny
 from torch import Tensor
 
 import regraft
 from regraft.compiler.verify import bound_for, distance
 from regraft.runtime.build import Unserved
+from regraft.runtime.decoding import flat_check
 from regraft.runtime.decoding.book import Book
-from regraft.runtime.decoding.flat import flat_program
+from regraft.runtime.decoding.flat import flat_program, make
 from regraft.runtime.decoding.program import FlatProgram
 from regraft.runtime.oracle import run_oracle, run_reference
 
@@ -63,6 +64,14 @@ def test_random_steps_are_as_lone_runs(name: str) -> None:
         book = Book.of(flat, lengths, CPU, page=(4, 3, 16)[seed])
         book.bind(flat)
         assert_as_alone(model, run_randomly(flat, book, sequences, seed), sequences)
+
+
+def test_what_rounding_explains_in_float32_is_looked_at_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flat_check.SAME, torch.float32, 0.0)  # as if there were many more layers
+    flat_of(tiny("llama", dtype=torch.bfloat16))
+    monkeypatch.setitem(flat_check.SAME, torch.float64, 0.0)
+    refused = make(builder_of(tiny("llama", dtype=torch.bfloat16)))
+    assert isinstance(refused, Unserved) and "mix in another way" in refused.reason
 
 
 def test_pages_behind_a_window_are_not_read() -> None:
