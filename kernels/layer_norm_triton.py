@@ -24,6 +24,7 @@ from .launch import (
     rows_like,
 )
 from .op import Kernel, Signature
+from .overlap import overlaps, start_dependent
 from .rms_norm_triton import MAX_WIDTH, row_offsets
 from .tuning import RowMemory, choose
 
@@ -67,9 +68,11 @@ def _layer_norm_kernel(
     HAS_BIAS: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_dependent(PDL)
     rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
@@ -148,6 +151,7 @@ def _run(
             SUM_DTYPE=TL_DTYPES[sum_dtype],
             EARLY=block <= 32 * config.num_warps * EARLY,
             BLOCK_D=block,
+            **overlaps(x),
             **config.launch,
         )
     return y, s

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation_triton import activate
-from .skinny_triton import start_dependent
+from .overlap import start_dependent
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, int32
 
 from .launch import empty, launch
-from .skinny_triton import overlaps, start_dependent
+from .overlap import overlaps, start_dependent
 
 BLOCK = 256
 """Pairs (token, slot) of one program of the sort, at most."""

@@ -18,7 +18,7 @@ from .launch import compute_capability, launch, on_device, refuse_mixed, refuse_
 from .moe_products_triton import spread_rows_kernel, weigh_slots_kernel
 from .moe_routing_triton import route
 from .op import Kernel, Signature
-from .skinny_triton import overlaps
+from .overlap import overlaps
 
 _BLOCK: Final = 1024
 

@@ -22,7 +22,7 @@ from .launch import empty, launch, on_device, refuse_mixed, refuse_tensors, rows
 from .moe_products_triton import add_slots_kernel, down_gemv_kernel, grouped_kernel, up_gemv_kernel
 from .moe_routing_triton import max_tiles, route
 from .op import Kernel, Signature
-from .skinny_triton import overlaps
+from .overlap import overlaps
 from .tuning import Config, choose
 
 

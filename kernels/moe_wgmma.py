@@ -19,7 +19,7 @@ from .moe_products_triton import spread_rows_kernel, weigh_slots_kernel
 from .moe_routing_triton import route
 from .moe_triton import moe_experts as moe_experts_by_tiles
 from .op import Kernel, Signature, TensorSpec
-from .skinny_triton import overlaps
+from .overlap import overlaps
 
 _BLOCK: Final = 1024
 

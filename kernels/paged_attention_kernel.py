@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .attention_kernel import LOG2E, LOWEST, _clear_behind, _divide, _exp_of, _soften
-from .skinny_triton import start_dependent
+from .overlap import start_dependent
 
 HALVES: Final = tl.constexpr(12582912.0)
 """1.5 * 2^23: added and taken away again, it rounds to whole numbers, halves to even ones."""

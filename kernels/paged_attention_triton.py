@@ -25,8 +25,8 @@ from .launch import (
     rows_aligned,
 )
 from .op import Kernel, Signature
+from .overlap import overlaps
 from .paged_attention_kernel import combine_kernel, paged_kernel, write_kernel
-from .skinny_triton import overlaps
 from .tuning import MANY, choose, refuse_memory
 
 KEYS_PER_SPLIT: Final = 128

@@ -27,10 +27,10 @@ from .launch import (
     refuse_vector,
 )
 from .op import Kernel, Signature
+from .overlap import overlaps, start_dependent
 from .rms_norm import result_dtype
 from .rms_norm_triton import refuse_rounding
 from .rope import LAYOUTS
-from .skinny_triton import overlaps, start_dependent
 from .tuning import RowMemory, choose
 
 MAX_HEAD: Final = 2048

@@ -23,6 +23,7 @@ from .launch import (
     rows_like,
 )
 from .op import Kernel, Signature
+from .overlap import overlaps, start_dependent
 from .tuning import RowMemory, choose
 
 MAX_WIDTH: Final = 65536
@@ -75,9 +76,11 @@ def _rms_norm_kernel(
     SUM_DTYPE: tl.constexpr,
     MID_DTYPE: tl.constexpr,
     PROMOTED_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_dependent(PDL)
     rows = tl.program_id(0).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     cols = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
@@ -157,6 +160,7 @@ def _run(
             MID_DTYPE=TL_DTYPES[mid_dtype or torch.float32],
             PROMOTED_DTYPE=TL_DTYPES[promoted],
             BLOCK_D=block,
+            **overlaps(x),
             **config.launch,
         )
     return y, s

@@ -15,14 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import linear_act as ops
 from . import linear_act_triton
 from .activation_triton import activate, refuse_kind
 from .launch import (
-    INTERPRETED,
-    compute_capability,
     empty,
     launch,
     on_device,
@@ -32,20 +29,10 @@ from .launch import (
     rows_aligned,
 )
 from .op import Kernel, Signature
+from .overlap import overlaps, start_dependent
 from .tuning import Config, choose
 
 MAX_ROWS: Final = 64
-
-
-@triton.jit
-def start_dependent(PDL: tl.constexpr):
-    """Lets the next kernel of the stream start while this one runs, and waits for the one before (Hopper).
-
-    A kernel that is launched with `launch_pdl` calls this before it reads or writes any memory of another kernel.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -271,12 +258,6 @@ class GemvMemory:
 def block_of_rows(m: int) -> int:
     """The width of the tensor cores' second operand for m rows of x."""
     return min(MAX_ROWS, max(8, triton.next_power_of_2(m)))
-
-
-def overlaps(x: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that calls `start_dependent`: overlapping launches from Hopper on."""
-    hopper = not INTERPRETED and compute_capability(x.device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
 
 
 def fits(rows: Tensor, weight: Tensor) -> bool:

@@ -24,6 +24,7 @@ from regraft.kernels import (
     activation_triton,
     attention_triton,
     linear_act_triton,
+    overlap,
     paged_attention_triton,
     rms_norm_triton,
     tuning,
@@ -73,7 +74,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
     attention_triton._multiprocessors = paged_attention_triton._multiprocessors = lambda device: 1  # one part of keys
-    paged_attention_triton.overlaps = lambda x: {"PDL": False}
+    overlap.compute_capability = lambda device: divmod(capability, 10)
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
