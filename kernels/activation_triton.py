@@ -156,7 +156,10 @@ def _run(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     if x.numel() == 0:
         return y
     u = x if up is None else up
-    flat = collapse(x.shape, [t.stride() for t in (x, u, y)], 4)
+    # dimensions in the order in which they lie in memory: permuted heads merge to rows again
+    order = sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
+    shape = [x.shape[dim] for dim in order]
+    flat = collapse(shape, [[t.stride()[dim] for dim in order] for t in (x, u, y)], 4)
     if flat is None:  # more than four dimensions that cannot be merged: work on copies
         return y.copy_(_run(x.contiguous(), None if up is None else up.contiguous(), kind))
     (n0, n1, n2, n), strides = flat

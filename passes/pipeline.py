@@ -67,8 +67,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("written_norm", Stage.FUSE, (*_of(Stage.FUSE, layer_norm), *_of(Stage.FUSE, rms_norm))),
     # weights and kernels
     Pass("pack", Stage.PACK, run=pack.pack, optional=False),
-    Pass("lower", Stage.LOWER, run=lower.lower),
     Pass("outputs", Stage.LOWER, run=outputs.outputs, optional=False),
+    Pass("lower", Stage.LOWER, run=lower.lower),
 )
 
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES if p.optional)

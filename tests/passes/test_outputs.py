@@ -29,3 +29,19 @@ def test_only_parts_of_what_the_graph_computes_are_copied() -> None:
     assert after[0].untyped_storage().nbytes() == after[0].numel() * after[0].element_size()
     assert before[0].untyped_storage().nbytes() > before[0].numel() * before[0].element_size()
     assert after[3].data_ptr() == small.values["x"].data_ptr()
+
+
+def test_copies_of_heads_keep_their_order_in_memory() -> None:
+    """Rows of all heads are copied at once; what is returned looks as it did."""
+    small = Small()
+    x = small.input("x", torch.randn(2, 5, 24))
+    qkv = small.call(aten.relu.default, x)
+    heads = small.call(aten.reshape.default, qkv, [2, 5, 3, 4, 2])
+    keys = small.call(aten.transpose.int, small.call(aten.select.int, heads, 2, 1), 1, 2)
+    program = small.program(keys)
+    (before,) = small.run()
+    outputs(program, Context(Settings(torch.device("cpu")), None))
+    (after,) = small.run()
+    assert torch.equal(after, before)
+    assert after.shape == (2, 4, 5, 2)
+    assert after.stride() == (40, 2, 8, 1)
