@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import softmax as ops
-from .launch import TL_DTYPES, collapse, empty, launch, on_device, refuse_tensors
+from .launch import ALIGNMENT, TL_DTYPES, collapse, empty, launch, on_device, refuse_tensors
 from .op import Kernel, Signature
 from .rms_norm_triton import refuse_rounding, row_offsets
 from .tuning import RowMemory, choose
 
 WHOLE: Final = 16384
-"""Elements of a row that a program holds; wider rows are read in pieces of this size."""
+"""Elements of a row that a program holds; wider rows are read twice."""
 
 
 @triton.jit(do_not_specialize=["R", "N1", "N2"])
@@ -33,6 +33,7 @@ def _softmax_kernel(
     stride_x2,
     stride_xd,
     COMPUTE_DTYPE: tl.constexpr,
+    STRIDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -40,12 +41,28 @@ def _softmax_kernel(
     cols = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BLOCK_R, BLOCK_D]
     x_rows = row_offsets(rows, N1, N2, stride_x0, stride_x1, stride_x2)
-    x_cols = cols.to(tl.int64) * stride_xd
+    x_cols = cols  # 64 bits for each would not leave room for a wide row
+    if STRIDED:
+        x_cols = cols.to(tl.int64) * stride_xd
     x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=inside, other=-float("inf")).to(tl.float32)
     e = tl.exp(x - tl.max(x, axis=1)[:, None])
     y = (e * (1.0 / tl.sum(e, axis=1))[:, None]).to(COMPUTE_DTYPE)
     y_rows = rows.to(tl.int64) * D
     tl.store(y_ptr + y_rows[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pieces(
+    x_ptr, start, D, stride_xd, STRIDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, KEEP: tl.constexpr
+):
+    """Columns `start` and up of a row as `[BLOCK_T, BLOCK_E]`, and their numbers; KEEP: in the L2, for another time."""
+    cols = start + tl.arange(0, BLOCK_T)[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    at = cols
+    if STRIDED:
+        at = cols.to(tl.int64) * stride_xd
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    x = tl.load(x_ptr + at, mask=cols < D, other=-float("inf"), eviction_policy=policy)
+    return x.to(tl.float32), cols
 
 
 @triton.jit(do_not_specialize=["N1", "N2"])
@@ -60,31 +77,36 @@ def _long_softmax_kernel(
     stride_x2,
     stride_xd,
     COMPUTE_DTYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
+    """A program reads a row twice, from its L2 the second time. Each thread has a maximum and a sum of its own."""
     row = tl.program_id(0)
     x_ptr += row_offsets(row, N1, N2, stride_x0, stride_x1, stride_x2)
     y_ptr += row.to(tl.int64) * D
-    cols = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    top, total = -float("inf"), 0.0
+    BLOCK_D: tl.constexpr = 4 * BLOCK_T * BLOCK_E
+    top = tl.full((BLOCK_T,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, D, BLOCK_D):
-        at = start + cols
-        x = tl.load(
-            x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf"), eviction_policy="evict_last"
-        ).to(tl.float32)
-        new = tl.maximum(top, tl.max(x, axis=0))
+        a, _ = _pieces(x_ptr, start, D, stride_xd, STRIDED, BLOCK_T, BLOCK_E, True)
+        b, _ = _pieces(x_ptr, start + BLOCK_D // 4, D, stride_xd, STRIDED, BLOCK_T, BLOCK_E, True)
+        c, _ = _pieces(x_ptr, start + BLOCK_D // 2, D, stride_xd, STRIDED, BLOCK_T, BLOCK_E, True)
+        d, _ = _pieces(x_ptr, start + BLOCK_D // 4 * 3, D, stride_xd, STRIDED, BLOCK_T, BLOCK_E, True)
+        new = tl.maximum(top, tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), axis=1))
         reached = tl.where(new == -float("inf"), 0.0, new)  # where nothing is finite so far, zeros are added
-        total = total * tl.exp(top - reached) + tl.sum(tl.exp(x - reached), axis=0)
+        shift = reached[:, None]
+        e = (tl.exp(a - shift) + tl.exp(b - shift)) + (tl.exp(c - shift) + tl.exp(d - shift))
+        total = total * tl.exp(top - reached) + tl.sum(e, axis=1)
         top = new
-    scale = 1.0 / total
-    pieces = tl.cdiv(D, BLOCK_D)
-    for i in range(pieces):
-        at = (pieces - 1 - i) * BLOCK_D + cols  # the last pieces first: they are still in L2
-        x = tl.load(
-            x_ptr + at.to(tl.int64) * stride_xd, mask=at < D, other=-float("inf"), eviction_policy="evict_first"
-        ).to(tl.float32)
-        y = (tl.exp(x - top) * scale).to(COMPUTE_DTYPE)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < D, eviction_policy="evict_first")
+    highest = tl.max(top, axis=0)
+    reached = tl.where(highest == -float("inf"), 0.0, highest)
+    scale = 1.0 / tl.sum(total * tl.exp(top - reached), axis=0)
+    pieces = tl.cdiv(D, BLOCK_D // 4)
+    for i in tl.range(pieces, loop_unroll_factor=4):  # the last pieces first: they were read last
+        x, cols = _pieces(x_ptr, (pieces - 1 - i) * (BLOCK_D // 4), D, stride_xd, STRIDED, BLOCK_T, BLOCK_E, False)
+        y = (tl.exp(x - highest) * scale).to(COMPUTE_DTYPE)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < D, eviction_policy="evict_first")
 
 
 def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -98,16 +120,17 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
     (n0, n1, n2), (strides,) = leading
     rows, width = n0 * n1 * n2, x.shape[-1]
     sizes = (n1, n2, width, *strides, x.stride(-1))
-    compute = TL_DTYPES[compute_dtype or x.dtype]
+    how = {"COMPUTE_DTYPE": TL_DTYPES[compute_dtype or x.dtype], "STRIDED": x.stride(-1) != 1}
     block = min(triton.next_power_of_2(width), WHOLE)
     config = choose("softmax", {"D": block, "R": rows, "bytes": x.element_size()}, RowMemory(block), x.device)
     with on_device(x):
         if width > WHOLE:
+            threads = {"BLOCK_T": 32 * config.num_warps, "BLOCK_E": ALIGNMENT // x.element_size()}
             settings = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            launch(_long_softmax_kernel, (rows,), x, y, *sizes, COMPUTE_DTYPE=compute, BLOCK_D=block, **settings)
+            launch(_long_softmax_kernel, (rows,), x, y, *sizes, **how, **threads, **settings)
         else:
             grid = (triton.cdiv(rows, config["BLOCK_R"]),)
-            launch(_softmax_kernel, grid, x, y, rows, *sizes, COMPUTE_DTYPE=compute, BLOCK_D=block, **config.launch)
+            launch(_softmax_kernel, grid, x, y, rows, *sizes, **how, BLOCK_D=block, **config.launch)
     return y
 
 
