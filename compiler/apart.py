@@ -59,30 +59,36 @@ def apart_until(program: Program, model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
-def _frontier(program: Program) -> list[fx.Node]:
-    """Nodes computed from positions alone by value, and read by others."""
+def by_position(program: Program) -> list[fx.Node]:
+    """`position_ids` and the nodes whose values are computed of it and of buffers alone."""
     apart: set[fx.Node] = set()
-    by_position: set[fx.Node] = set()
-    meaning = program.placeholder_inputs()
     found: dict[fx.Node, None] = {}
+    meaning = program.placeholder_inputs()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             made = meaning[node]
             if made.kind is InputKind.USER and made.target == "position_ids":
-                by_position.add(node)
+                found[node] = None
                 apart.add(node)
             elif made.kind in (InputKind.BUFFER, InputKind.CONSTANT):
                 apart.add(node)
-            continue
-        if node.op == "output":
-            continue
+        elif node.op != "output":
+            size = isinstance(node.meta.get("val"), torch.SymInt | int)
+            if size or all(i in apart for i in node.all_input_nodes):
+                apart.add(node)
+                if not size and any(i in found for i in node.all_input_nodes):
+                    found[node] = None
+    return list(found)
+
+
+def _frontier(program: Program) -> list[fx.Node]:
+    """Nodes computed from positions alone by value, and read by others."""
+    inside = dict.fromkeys(by_position(program))
+    found: dict[fx.Node, None] = {}
+    for node in program.graph.nodes:
         size = isinstance(node.meta.get("val"), torch.SymInt | int)
-        if size or all(i in apart for i in node.all_input_nodes):
-            apart.add(node)
-            if not size and any(i in by_position for i in node.all_input_nodes):
-                by_position.add(node)
-            continue
-        found |= dict.fromkeys(i for i in node.all_input_nodes if i in by_position and i.op != "placeholder")
+        if node.op not in ("placeholder", "output") and node not in inside and not size:
+            found |= dict.fromkeys(i for i in node.all_input_nodes if i in inside and i.op != "placeholder")
     return list(found)
 
 

@@ -50,6 +50,8 @@ class Settings:
     """Where the state that masks and positions read is found; None: masks are kept as they are."""
     page_dtype: torch.dtype | None = None
     """Of pages of keys and values, where it is not that of the keys and values."""
+    positions: int | None = None
+    """Tokens of the longest sequence that the user wants, where keys and values lie in pages; None: the model's."""
     keep_text: bool = False
     """Keep each pass's graph before and after as text, for the report's diff."""
 

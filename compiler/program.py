@@ -184,6 +184,8 @@ class Program:
     """Of a graph whose keys and values lie in pages: each attention, in the order of the graph."""
     longest: tuple[int, str] | None = None
     """Of such a graph: the most tokens that a sequence may have, and why; None where there is no end."""
+    tabulated: int | None = None
+    """Of such a graph: how many positions its tables have; None where it has none."""
 
     @property
     def graph(self) -> fx.Graph:

@@ -34,6 +34,7 @@ from . import (
     rope,
     softcap,
     softmax,
+    tabulate,
 )
 
 
@@ -71,21 +72,21 @@ PASSES: tuple[Pass, ...] = (
     Pass("lower", Stage.LOWER, run=lower.lower),
 )
 
-PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES if p.optional)
-"""What a user can switch off."""
-
-
 PAGED: tuple[Pass, ...] = (
     *(p for p in PASSES if p.name != "masks"),  # what they say is asked once more, for one sequence
     Pass("cache", Stage.CACHE, run=cache.cache, optional=False),
+    Pass("tabulate", Stage.CACHE, run=tabulate.tabulate),
 )
 """For a graph of flat tokens, whose keys and values lie in pages."""
 
 ENCODED: tuple[Pass, ...] = (
-    *(p for p in PAGED if p.name != "cache"),
+    *(p for p in PAGED if p.stage is not Stage.CACHE),
     Pass("encode", Stage.CACHE, run=encode.encode, optional=False),
 )
 """For the keys and values of an encoder's states."""
+
+PASS_NAMES: tuple[str, ...] = tuple(dict.fromkeys(p.name for p in (*PASSES, *PAGED) if p.optional))
+"""What a user can switch off."""
 
 FORMS = {"forward": PASSES, "paged": PAGED, "encoded": ENCODED}
 

@@ -72,12 +72,14 @@ class Stages(Protocol):
         keep_text: bool = False,
         form: str = "forward",
         page_dtype: torch.dtype | None = None,
+        positions: int | None = None,
     ) -> CompiledLike:
         """The program after all passes, with their results; `program` stays as it was.
 
         Without `kernels` every op is computed by its reference. `keep_text` keeps each pass's graph as text. In the
-        `form` "paged" keys and values lie in pages, of `page_dtype` if not of their own; "encoded" are those of an
-        encoder's states; CacheError where they cannot.
+        `form` "paged" keys and values lie in pages, of `page_dtype` if not of their own, for sequences of up to
+        `positions` tokens if not the model's longest; "encoded" are those of an encoder's states; CacheError where they
+        cannot.
         """
         ...
 

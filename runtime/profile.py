@@ -73,6 +73,8 @@ class Phase:
     """Of the call as a user makes it."""
     lines: tuple[Line, ...] = field(default=())
     """Longest first."""
+    missing: str = ""
+    """Why it was not measured."""
 
     @property
     def device_us(self) -> float:
@@ -259,6 +261,8 @@ def _bound(kernel_us: float, share: float, computes: bool) -> str:
 
 def table_of(phase: Phase, most: int = 20) -> list[str]:
     """The phase in one line, and its longest kernels below."""
+    if phase.missing:
+        return [f"{phase.name}: not measured, {phase.missing}"]
     idle = max(0.0, phase.wall_us - phase.device_us)
     lines = [
         f"{phase.name}: {phase.wall_us / 1e3:.3f} ms, kernels {phase.device_us / 1e3:.3f} ms, the device waits "

@@ -10,6 +10,7 @@ from torch import nn
 
 from .decoding.program import Step
 from .decoding.serving import Paged, paged_of
+from .errors import InputError
 from .loading import inputs_for
 from .optimize import optimize, restore
 from .profile import Line, Phase, profile_call, profile_graph, wall_us
@@ -20,7 +21,8 @@ STEPS: Final = 32
 
 def profile_model(model: nn.Module, batch: int, length: int, *, trace: Path | None = None) -> list[Phase]:
     """The phases of a model, which is as it was afterwards: the forward over `[batch, length]`, and, where the model
-    generates over pages, a step of decoding behind prompts of that length.
+    generates over pages, a step of decoding behind prompts of that length, or of the longest that leave room for it;
+    where there can be no such step, its phase says why.
 
     `trace` gets the forward, the file beside it with `decode` in its name the step.
 
@@ -45,10 +47,16 @@ def profile_model(model: nn.Module, batch: int, length: int, *, trace: Path | No
 
 
 def profile_decode(paged: Paged, prompts: list[list[int]], trace: Path | None = None) -> Phase:
-    """A step of decoding, one token for each prompt."""
+    """A step of decoding, one token for each prompt, which is cut to what leaves room for the steps of a profile."""
     executor = paged.engine.executor
     device, flat, graphs = executor.device, executor.flat, executor.graphs
-    session = paged.session(prompts, max_new_tokens=STEPS)
+    room = max(1, executor.max_seq_len - STEPS + 1)
+    prompts = [tokens[:room] for tokens in prompts]
+    name = f"decode {len(prompts)} x 1 behind {max(map(len, prompts))}"
+    try:
+        session = paged.session(prompts, max_new_tokens=STEPS)
+    except InputError as error:
+        return Phase(name, 0.0, missing=str(error))
     watched: Any = _Watched(flat, trace)
     try:
         tokens = session.prefill().argmax(-1)
@@ -58,7 +66,7 @@ def profile_decode(paged: Paged, prompts: list[list[int]], trace: Path | None = 
     finally:
         executor.flat, executor.graphs = flat, graphs
         session.close()
-    return Phase(f"decode {len(prompts)} x 1 behind {max(map(len, prompts))}", wall, watched.lines)
+    return Phase(name, wall, watched.lines)
 
 
 class _Watched:

@@ -44,11 +44,13 @@ class Pipeline:
         keep_text: bool = False,
         form: str = "forward",
         page_dtype: torch.dtype | None = None,
+        positions: int | None = None,
     ) -> Compiled:
         """All passes that the options leave enabled; `program` stays as it was.
 
         Raises CacheError where it cannot have this form: `paged`, whose keys and values lie in pages (of `page_dtype`
-        if not of their own), or `encoded`, the keys and values of an encoder's states.
+        if not of their own; for sequences of up to `positions` tokens), or `encoded`, the keys and values of an
+        encoder's states.
         """
         off = {name for name, node in deny if node == "*"} | (set() if kernels else {"lower"})
         settings = Settings(
@@ -62,5 +64,6 @@ class Pipeline:
             model=module,
             keep_text=keep_text,
             page_dtype=page_dtype,
+            positions=positions,
         )
         return compile_program(program, settings, form=form)

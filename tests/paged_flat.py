@@ -25,7 +25,8 @@ class TinyFlat:
         windows = (-1, WINDOW)
         made = torch.Generator().manual_seed(7)
         self.layers = tuple(LayerSpec(2, DIM, DIM, left, group, dtype) for group, left in enumerate(windows))
-        self.groups, self.vocab, self.max_positions, self.version = windows, VOCAB, None, 0
+        self.groups, self.vocab, self.version = windows, VOCAB, 0
+        self.max_positions = self.tabulated = None
         self.embedding = torch.randn(VOCAB, 2 * DIM, generator=made).to(device, dtype)
         self.places = torch.randn(512, 2 * DIM, generator=made).to(device, dtype)
         self.head = torch.randn(2 * DIM, VOCAB, generator=made).to(device, dtype)

@@ -57,6 +57,7 @@ class Executor:
         self.flat, self.limits, self.device = flat, limits, device
         lengths = [n for n in (limits.max_seq_len, flat.max_positions) if n is not None]
         length = min(lengths) if lengths else model_length or LONGEST
+        length = length if flat.tabulated is None else min(length, flat.tabulated)
         size = limits.block_size
         self.encoder = EncoderPages(flat.encoder, limits, device) if flat.encoder is not None else None
         """What is kept of encoders' states."""

@@ -149,6 +149,7 @@ def _compiled(
 
 
 def _in_form(builder: Builder, program: Program, form: str, page_dtype: torch.dtype | None = None) -> Program:
+    limits = builder.options.decoding
     return builder.stages.compile(
         program,
         builder.options,
@@ -160,6 +161,7 @@ def _in_form(builder: Builder, program: Program, form: str, page_dtype: torch.dt
         device=builder.device,
         form=form,
         page_dtype=page_dtype,
+        positions=None if limits is None else limits.max_seq_len,
     ).program
 
 

@@ -86,6 +86,8 @@ class FlatProgram:
         self.vocab = vocab
         self.max_positions = None if program.longest is None else program.longest[0]
         """The most tokens that a sequence may have; `program.longest` says why."""
+        self.tabulated = program.tabulated
+        """The most tokens for which there are values of positions; None: they are computed."""
         self.captured: Program | None = None
         """The forward over flat tokens as it was captured."""
         self._weights = weights

@@ -16,6 +16,7 @@ from runtime_models import tiny_llama
 from regraft.runtime import bench_generate as module
 from regraft.runtime.bench_generate import GenerateResult, GenerateRow, bench_generate, differences, slower
 from regraft.runtime.cli import main
+from regraft.runtime.decoding.tables import PageTables
 from regraft.runtime.generators import kv_bytes
 
 ROW = GenerateRow(2, 5, 6)
@@ -36,6 +37,40 @@ def test_all_numbers_of_a_row() -> None:
     assert kv_bytes(config, 2, 11, 4) == 22 * each
     assert "generate" not in vars(model) and "forward" not in vars(model), "the model that was given is left as it was"
     assert len(said) == 2 and json.dumps(bench.to_dict())
+
+
+def test_every_call_has_prompts_never_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones for each candidate; an engine that shares pages of equal beginnings finds none."""
+    real = module.prepared
+    seen: dict[str, list[torch.Tensor]] = {}
+    known: list[int] = []
+    match = PageTables.match
+
+    def watched(tables: PageTables, sequence: Any) -> int:
+        known.append(match(tables, sequence))
+        return known[-1]
+
+    monkeypatch.setattr(PageTables, "match", watched)
+
+    @contextmanager
+    def prepared(choice: str, model: Any, length: int) -> Iterator[Any]:
+        with real(choice, model, length) as run:
+
+            def generate(ids: torch.Tensor, new: int, *streamer: Any) -> torch.Tensor:
+                seen.setdefault(choice, []).append(ids)
+                return (run.streamed if streamer else run.generate)(ids, new, *streamer)
+
+            yield replace(run, generate=generate, streamed=generate)
+
+    monkeypatch.setattr(module, "prepared", prepared)
+    row = GenerateRow(2, 40, 4)
+    bench_generate(tiny_llama(), [row], ["eager", "regraft"], rounds=2)
+    eager, ours = seen["eager"], seen["regraft"]
+    assert len(ours) == len(eager) == 1 + module.WARM + 3 + 2 + 1
+    assert all(torch.equal(a, b) for a, b in zip(eager, ours))
+    lines = torch.cat(ours)
+    assert len(lines[:, :16].unique(dim=0)) == len(lines), "not even a first page is known"
+    assert len(known) >= len(ours) and not any(known)
 
 
 def test_other_tokens_than_eagers_are_wrong_unless_they_are_near_ties() -> None:

@@ -12,7 +12,7 @@ from runtime_models import tiny_llama
 
 from regraft.runtime.cli import main
 from regraft.runtime.profile import Line, Phase, kernels_by_node, table_of
-from regraft.runtime.profile_model import profile_model
+from regraft.runtime.profile_model import STEPS, profile_model
 
 
 def annotation(name: str, ts: float, dur: float) -> dict[str, object]:
@@ -84,6 +84,17 @@ def test_every_op_of_a_model_is_in_its_profile(tmp_path: Path, capsys: pytest.Ca
     assert main(["profile", str(config), "--length", "5", "--device", "cpu", "--json", str(tmp_path / "p.json")]) == 0
     assert json.loads((tmp_path / "p.json").read_text())[0]["lines"][0]["us"] > 0
     assert "forward 1x5" in capsys.readouterr().out
+
+
+def test_decoding_is_profiled_behind_what_fits() -> None:
+    """A sequence may have 256 tokens: prompts of 300 are cut; a batch that no cache holds is said."""
+    model = tiny_llama()
+    forward, decode = profile_model(model, 2, 300)
+    assert forward.name == "forward 2x300"
+    assert decode.name == f"decode 2 x 1 behind {256 - STEPS + 1}" and decode.wall_us > 0 and decode.lines
+    _, decode = profile_model(model, 65, 3)
+    assert "expected 1 to 64 sequences" in decode.missing
+    assert table_of(decode) == [f"decode 65 x 1 behind 3: not measured, {decode.missing}"]
 
 
 @pytest.mark.gpu

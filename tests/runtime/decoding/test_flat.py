@@ -118,7 +118,8 @@ def test_weights_are_shared_and_followed() -> None:
     assert before
     flat = flat_program(model)
     assert isinstance(flat, FlatProgram)
-    assert {key: pack.value.data_ptr() for key, pack in dispatch.bound.weights.packs.items()} == before
+    after = {key: pack.value.data_ptr() for key, pack in dispatch.bound.weights.packs.items()}
+    assert after.items() >= before.items() and len(after) == len(before) + 1, "a table of positions is all that is new"
     assert flat_program(model) is flat
 
     sequences = [torch.randint(3, zoo.VOCAB, (9,))]
