@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import overlaps, start_dependent
+
 
 @triton.jit
 def advance_kernel(
     computed_ptr, limits_ptr, tables_ptr, positions_ptr, lengths_ptr, active_ptr, slots_ptr,
     rows, stride_tg, stride_tr, stride_sg,
-    PAGE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     here = row < rows
     computed = tl.load(computed_ptr + row, mask=here, other=0)
@@ -34,8 +37,9 @@ def advance_kernel(
 @triton.jit
 def take_kernel(
     tokens_ptr, active_ptr, ids_ptr, ring_ptr, tick_ptr, rows, stride_r,
-    RING: tl.constexpr, BLOCK: tl.constexpr,
+    RING: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row = tl.arange(0, BLOCK)  # [BLOCK]
     here = row < rows
     line = tl.load(tick_ptr)
@@ -56,7 +60,7 @@ def advance(
     advance_kernel[(triton.cdiv(rows, block),)](
         computed, limits, tables, positions, lengths, active, slots,
         rows, tables.stride(0), tables.stride(1), slots.stride(0),
-        PAGE=page, GROUPS=tables.shape[0], BLOCK=block, num_warps=2,
+        PAGE=page, GROUPS=tables.shape[0], BLOCK=block, num_warps=2, **overlaps(computed),
     )  # fmt: skip
 
 
@@ -64,4 +68,7 @@ def take(tokens: Tensor, active: Tensor, ids: Tensor, ring: Tensor, tick: Tensor
     """Keep tokens `[S]` in line `tick` of ring `[lines, N]`, and in ids `[N]` where `active`; tick goes on by one."""
     rows, lines = tokens.shape[0], ring.shape[0]
     block = triton.next_power_of_2(rows)
-    take_kernel[(1,)](tokens, active, ids, ring, tick, rows, ring.stride(0), RING=lines, BLOCK=block, num_warps=1)
+    take_kernel[(1,)](
+        tokens, active, ids, ring, tick, rows, ring.stride(0),
+        RING=lines, BLOCK=block, num_warps=1, **overlaps(tokens),
+    )  # fmt: skip

@@ -81,5 +81,5 @@ class _Watched:
 
     def __call__(self, step: Step) -> Any:
         values = self._flat.values(step)
-        self.lines = profile_graph(self._flat.program, values, step.lengths.device, self._trace)
+        self.lines = profile_graph(self._flat.program_of(step), values, step.lengths.device, self._trace)
         return self._flat(step)

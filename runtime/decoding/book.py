@@ -141,6 +141,7 @@ class Book:
             tables=tuple(self._of(r + [[-1] * m] * absent).int() for r, m in zip(rows, most)),
             max_q=max(take.values()),
             fresh=begins,
+            every=padding == 0 and max(take.values()) == 1,
             encoder=self.encoder.step([s for s, count in take.items() for _ in range(count)], padding),
         )
 

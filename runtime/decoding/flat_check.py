@@ -97,7 +97,7 @@ class _Raised(FlatProgram):
         super().__init__(flat.program, builder.weights, flat.vocab)
         self.target = target
         self.layers = tuple(replace(layer, dtype=target) for layer in flat.layers)
-        self._run = _Meaning(flat.program.gm, target).run
+        self._run = self._run_whole = _Meaning(flat.program.gm, target).run
         if flat.encoder is not None:
             self.encoder = _RaisedEncoder(flat.encoder, builder, target)
 

@@ -9,13 +9,13 @@ One graph serves prefill, chunked prefill and decode, alone and mixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 from operator import getitem, itemgetter
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...compiler.program import InputKind, LayerSpec, Program, Recipe
 from ...kernels import choice
@@ -25,6 +25,8 @@ from ...passes.cache import ROWS
 from ..direct import direct
 from ..weights import Weights, pack_key
 from .encoder import EncoderProgram
+
+aten = torch.ops.aten
 
 MAX_SHAPES: Final = 1024
 """Sets of sizes whose launch plans are kept."""
@@ -71,6 +73,8 @@ class Step:
     """Whether every sequence begins in this step: nothing is read from pages then where a kernel makes use of it."""
     encoder: EncoderStep | None = None
     """Of a decoder beside an encoder."""
+    every: bool = False
+    """Whether rows are all tokens in order: a step of decoding, which has nothing to pick."""
 
 
 class FlatProgram:
@@ -91,7 +95,9 @@ class FlatProgram:
         self.captured: Program | None = None
         """The forward over flat tokens as it was captured."""
         self._weights = weights
+        self._whole = unpicked(program)
         self._run = direct(program.gm)
+        self._run_whole = direct(self._whole.gm) if self._whole is not program else self._run
         by_kind = {kind: [i for i in program.inputs if i.kind is kind] for kind in InputKind}
         live = by_kind[InputKind.PARAMETER] + by_kind[InputKind.BUFFER]
         self._tables, self._names = zip(*(weights.slots[i.target] for i in live), strict=True)
@@ -161,8 +167,13 @@ class FlatProgram:
         before `bind`.
         """
         arranged = self.values(step)
-        logits: Tensor = (self._planned(step, arranged) if step.input_ids.is_cuda else self._run(*arranged))[0]
+        run = self._run_whole if step.every else self._run
+        logits: Tensor = (self._planned(run, step, arranged) if step.input_ids.is_cuda else run(*arranged))[0]
         return logits[0]
+
+    def program_of(self, step: Step) -> Program:
+        """What is run for a step."""
+        return self._whole if step.every else self.program
 
     def values(self, step: Step) -> Sequence[Any]:
         """What the placeholders of the program's graph are in a call, in their order."""
@@ -175,10 +186,10 @@ class FlatProgram:
         arranged: Sequence[Any] = self._arrange(values)
         return arranged
 
-    def _planned(self, step: Step, values: Sequence[Any]) -> Any:
+    def _planned(self, run: Callable[..., Any], step: Step, values: Sequence[Any]) -> Any:
         """The program, each kernel by the plan that was noted when these sizes came last."""
         if observed():
-            return self._run(*values)
+            return run(*values)
         if self._version != self._weights.version:
             self._version = self._weights.version
             self._forget()
@@ -186,16 +197,16 @@ class FlatProgram:
         tensors = (*given, *step.slots, *step.tables)
         if step.encoder is not None:
             tensors += (step.encoder.slots, step.encoder.starts, step.encoder.lengths, step.encoder.table)
-        key = (step.max_q, step.fresh, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
+        key = (step.max_q, step.fresh, step.every, *[(t.shape, t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors])
         plans = self._plans.get(key)
         if plans is not None:
-            return choice.following(plans, self._run, values)
+            return choice.following(plans, run, values)
         if key not in self._seen:  # kernels make their plans in the first call
             self._seen.add(key)
-            return self._run(*values)
+            return run(*values)
         if len(self._seen) > MAX_SHAPES:
             self._forget()
-        result, self._plans[key] = choice.noting(self._run, values)
+        result, self._plans[key] = choice.noting(run, values)
         return result
 
     def _forget(self) -> None:
@@ -207,6 +218,28 @@ def _windows(layers: Sequence[LayerSpec]) -> tuple[int, ...]:
     """The window of each group, by its number."""
     found = {layer.group: layer.left for layer in layers}
     return tuple(found[group] for group in range(len(found)))
+
+
+def unpicked(program: Program) -> Program:
+    """The program for steps whose rows are all tokens in order, so that picking them changes nothing."""
+    names = {i.name for i in program.inputs if i.target in (ROWS, "rows")}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    found = [n for n in graph.nodes if _picks(n, names)]
+    for node in found:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return replace(program, gm=fx.GraphModule(program.gm, graph)) if found else program
+
+
+def _picks(node: fx.Node, names: Collection[str]) -> bool:
+    """Whether this is `x[:, rows]` of the input of one of these names."""
+    if node.target is aten.index.Tensor:
+        where: Any = node.args[1]
+        return len(where) == 2 and where[0] is None and getattr(where[1], "name", None) in names
+    if node.target is aten.index_select.default:
+        return bool(node.args[1] == 1) and getattr(node.args[2], "name", None) in names
+    return False
 
 
 _FIELDS: Final = {ROWS: "rows", "slots": "slots", "block_table": "tables"}

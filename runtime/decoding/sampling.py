@@ -22,6 +22,8 @@ class Sampler:
     def __init__(self, vocab: int, device: torch.device | str, rows: int = 8) -> None:
         with torch.inference_mode(False):  # what is made here is written to in later calls
             self.settings = Settings(vocab, device, rows)
+        self._arrived: dict[int, Tensor] = {}
+        """By number of rows what `argmax` counts in; CUDA graphs hold on to them."""
 
     @property
     def graph_key(self) -> Hashable:
@@ -40,15 +42,27 @@ class Sampler:
     def __call__(self, logits: Tensor, active: Tensor) -> Tensor:
         """The next tokens, int64 [S]; see `Epilogue.__call__`."""
         if not self.settings.features:
-            return logits.argmax(-1)  # of equal ones the first, in every dtype what it is in float32
+            return self._argmax(logits)
         rows = logits.shape[0]
         scores = self.scores(logits)
         n = {name: self.settings.ints[:rows, i] for i, name in enumerate(INTS)}
         if "do_sample" in self.settings.features:
             scores = add_gumbel(scores, n["seed"], n["step"], n["drawn"].bool())
-        tokens = scores.argmax(-1)
+        tokens = self._argmax(scores)
         self._take(tokens, active, n["step"], n["length"])
         return tokens
+
+    def _argmax(self, scores: Tensor) -> Tensor:
+        """Of equal ones the first, in every dtype what it is in float32."""
+        if scores.is_cuda:
+            from ...kernels import argmax_triton  # Triton is not there on every platform
+
+            if argmax_triton.supports(scores):
+                rows = scores.shape[0]
+                if rows not in self._arrived:
+                    self._arrived[rows] = torch.zeros(rows, dtype=torch.int32, device=scores.device)
+                return argmax_triton.argmax(scores, self._arrived[rows])
+        return scores.argmax(-1)
 
     def _take(self, tokens: Tensor, active: Tensor, step: Tensor, length: Tensor) -> None:
         """The rows that are active have these tokens from now on."""

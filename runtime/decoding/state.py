@@ -121,6 +121,7 @@ class DecodeState:
             slots=self._slots[:, :rows].unbind(0),
             tables=tuple(t[:rows] for t in self.tables),
             max_q=1,
+            every=True,
             encoder=self._encoder_of_rows(rows),
         )
 

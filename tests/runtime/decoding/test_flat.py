@@ -202,3 +202,23 @@ def test_pages_of_few_bits(dtype: torch.dtype, most: float) -> None:
         flat.bind(book.pages)
     with pytest.raises(ValueError, match="float16"):
         flat_program(model, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
+def test_where_every_token_is_wanted_none_are_picked(name: str) -> None:
+    """A step of decoding is the graph without the gather before the head, bit for bit."""
+    flat = flat_of(tiny(name))
+    picks = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
+    lengths = (5, 9, 4)
+    sequences = [torch.randint(3, zoo.VOCAB, (n,)) for n in lengths]
+    found = []
+    for every in (True, False):
+        book = Book.of(flat, lengths, CPU, page=4)
+        book.bind(flat)
+        flat(book.step({s: n - 1 for s, n in enumerate(lengths)}, sequences))
+        step = book.step(dict.fromkeys(range(3), 1), sequences)
+        assert step.every
+        step.every = every
+        count = sum(n.target in picks for n in flat.program_of(step).graph.nodes)
+        found.append((flat(step), count))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] - 1
