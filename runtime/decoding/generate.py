@@ -14,7 +14,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +29,7 @@ from .paged_cache import PagedCache, Session, close_all, prompts
 from .processors import Untranslated, translate
 from .requests import Request
 from .served import TOKEN_BY_TOKEN, Effective, of_its_own, refusal, stops
+from .shortcut import MAX_RECIPES, Asked, Recipe, asked, recipe_of, requests_of
 
 if TYPE_CHECKING:
     from ..dispatch import Dispatch
@@ -79,6 +80,8 @@ class _Call:
     """What serves it, as it turns out."""
     in_step: bool = True
     """Whether it runs in HuggingFace's loop for sure."""
+    recipe: Recipe | None = None
+    """What calls with equal settings come to."""
     caches: list[weakref.ref[PagedCache]] = field(default_factory=list)
     sessions: list[tuple[weakref.ref[PagedCache], Session]] = field(default_factory=list)
     """Those that caches opened."""
@@ -113,6 +116,7 @@ class Decoding:
         self.calls = threading.local()
         self._engine: Serves | str | None = None
         self._said: set[str] = set()
+        self._recipes: dict[Hashable, Recipe] = {}
 
     @property
     def model(self) -> Any:
@@ -124,6 +128,18 @@ class Decoding:
         with self.lock:
             self._engine = self.make(self.model, self._engine)
             return self._engine
+
+    def recipe(self, call: Asked | None) -> Recipe | None:
+        """What a call with these settings came to."""
+        return None if call is None else self._recipes.get(call.settings)
+
+    def remember(self, call: Asked | None, recipe: Recipe | None) -> None:
+        """Calls with these settings come to this."""
+        if call is not None and recipe is not None:
+            with self.lock:
+                if len(self._recipes) >= MAX_RECIPES:
+                    self._recipes.clear()
+                self._recipes[call.settings] = recipe
 
     def say(self, text: str, method: str = "generate") -> None:
         """Warn, once for each text."""
@@ -234,6 +250,12 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls, original = self.decoding.calls, self.original
         outer = getattr(calls, "call", None)
+        known = asked(self.decoding.model, args, kwargs) if outer is None else None
+        recipe = self.decoding.recipe(known)
+        if known is not None and recipe is not None:
+            found = self._again(known, recipe)
+            if found is not None:
+                return found
         calls.call = call = _Call(WITHIN if outer is not None else None)
         try:
             own = outer is None and type(self.decoding.model).generate is GenerationMixin.generate
@@ -250,9 +272,28 @@ class Generate:
                 for _ in call.caches:
                     self.decoding.turn.release()
         self.decoding.count(call.way)
+        self.decoding.remember(known, call.recipe)
         if call.caches and getattr(result, "past_key_values", None) is not None:
             return type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
         return result
+
+    def _again(self, known: Asked, recipe: Recipe) -> Any:
+        """The result of a call that is like an earlier one, or None where `generate` must look at it after all."""
+        decoding = self.decoding
+        if type(decoding.model).generate is not GenerationMixin.generate or decoding.dispatch.unservable() is not None:
+            return None
+        engine = decoding.engine() if of_its_own(decoding.model, recipe.mode) is None else ""
+        if isinstance(engine, str) or engine.encoder is not None:
+            return None
+        length = known.input_ids.shape[1] + recipe.max_new_tokens
+        with torch.no_grad():
+            requests = requests_of(recipe, known)
+            if requests is None or too_long(engine, {"attention_mask": known.mask}, length) is not None:
+                return None
+            with decoding.turn:
+                outputs = engine.run(requests)
+            decoding.count(FAST)
+            return _result(outputs, known.input_ids, recipe.fill, recipe.as_dict)
 
     def _loop(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """What decodes in place of HuggingFace's loop, or None where that one must be chosen by `generate` itself."""
@@ -310,12 +351,14 @@ def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, pr
             elif reason.args[0] not in QUIET:
                 decoding.say(f"{reason} runs outside of the graph, in HuggingFace's loop over pages: right, but slower")
         else:
-            call.way = "the fast loop"
+            call.way = FAST
+            call.recipe = _recipe(requests, input_ids, streamer, prepared)
             states = states_of(prepared, engine.encoder) if engine.encoder is not None else None
             return _fast(engine, requests, states, input_ids, streamer, config)
     return type(decoding.model)._sample(decoding.model, input_ids, streamer=streamer, **prepared)
 
 
+FAST = "the fast loop"
 WITHIN = "a call from within another, as of a processor"
 SCORES = "scores or logits of each step"
 STREAMED_BATCH = "a streamer for more than one sequence"
@@ -350,6 +393,16 @@ def _requests(input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> 
     ]
 
 
+def _recipe(requests: list[Request], input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> Recipe | None:
+    """What calls with equal settings come to, where that can be said."""
+    if streamer is not None or prepared.get(OUTPUTS) is not None:
+        return None
+    first, prompt = requests[0], input_ids.shape[1]
+    return recipe_of(
+        first.params, prompt, prompt + first.max_new_tokens, first.stop_tokens, prepared["generation_config"]
+    )
+
+
 def _cache_of(model: Any) -> Any:
     """What HuggingFace would have prepared."""
     config = model.config.get_text_config(decoder=True)
@@ -374,15 +427,20 @@ def _fast(
     outputs = engine.run(requests, on_token=None if streamer is None else stream, states=states)
     if streamer is not None:
         streamer.end()
-    longest = max(map(len, outputs))
     pad = config._pad_token_tensor
     fill = int(pad) if pad is not None else 0  # without one there is no end before the last step either
+    return _result(outputs, input_ids, fill, config.return_dict_in_generate, beside=states is not None)
+
+
+def _result(outputs: list[list[int]], input_ids: Tensor, fill: int, as_dict: bool, beside: bool = False) -> Any:
+    """Prompts and outputs as HuggingFace puts them together; `beside` an encoder."""
+    longest = max(map(len, outputs))
     padded = [output + [fill] * (longest - len(output)) for output in outputs]
     sequences: Any = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
-    if config.return_dict_in_generate:
-        made = GenerateDecoderOnlyOutput if states is None else GenerateEncoderDecoderOutput
-        return made(sequences=sequences)
-    return sequences
+    if not as_dict:
+        return sequences
+    made = GenerateEncoderDecoderOutput if beside else GenerateDecoderOnlyOutput
+    return made(sequences=sequences)
 
 
 def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:

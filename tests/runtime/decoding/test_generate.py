@@ -16,52 +16,15 @@ import pytest
 import torch
 import transformers as tf
 import zoo
-from stateless_engine import StatelessEngine, make
+from generate_pair import FAST, HUGGINGFACE, IDS, MASK, PAGES, PROMPT, Pair
+from stateless_engine import make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers.generation.streamers import BaseStreamer
 
 import regraft
 from regraft.runtime import dispatch
-from regraft.runtime.decoding.install import install, remove
 from regraft.runtime.errors import RegraftWarning
-
-IDS = torch.tensor([[0, 0, 0, 11, 12, 13, 14], [5, 6, 7, 8, 9, 10, 11], [0, 20, 21, 22, 23, 24, 25]])
-MASK = (IDS != 0).long()
-PROMPT: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "pad_token_id": 0}
-PAGES, FAST, HUGGINGFACE = "HuggingFace's loop over pages", "the fast loop", "HuggingFace's loop"
-
-
-class Pair:
-    """A model, and its twin that is optimized."""
-
-    def __init__(self, name: str) -> None:
-        self.plain, _ = zoo.build(name, layers=1)
-        self.model = regraft.optimize(copy.deepcopy(self.plain), verify="off", verbose=False)
-        remove(self.model)
-        install(self.model, self.model.forward, make)
-
-    @property
-    def engine(self) -> StatelessEngine:
-        return self.model.generate.decoding.engine()
-
-    def check(self, way: str, *, seed: int | None = None, **arguments: Any) -> Any:
-        """Both give the same, the optimized one by this way; returns what it gave."""
-        results = []
-        before = dict(self.model.report.record.generated)
-        for model in (self.plain, self.model):
-            if seed is not None:
-                torch.manual_seed(seed)
-            results.append(model.generate(**arguments))
-        after = self.model.report.record.generated
-        assert {k: n - before.get(k, 0) for k, n in after.items() if n != before.get(k, 0)} == {way: 1}
-        assert not self.engine.open
-        expected, actual = results
-        assert type(actual) is type(expected)
-        tokens = [r if isinstance(r, torch.Tensor) else r.sequences for r in results]
-        assert torch.equal(*tokens)
-        assert tokens[0].dtype == tokens[1].dtype
-        return actual, expected
 
 
 @pytest.fixture(scope="module")
@@ -437,11 +400,12 @@ def test_copies_and_restore() -> None:
         assert twin.generate.decoding.engine().ran == 1
         assert twin.generate.decoding.engine() is not pair.engine
     engine, before = pair.engine, pair.plain.generate(**PROMPT, max_new_tokens=4)
+    ran = engine.ran
     regraft.restore(pair.model)
     for name in ("generate", "generate_batch", "_prepare_cache_for_generation"):
         assert name not in pair.model.__dict__
     assert torch.equal(pair.model.generate(**PROMPT, max_new_tokens=4), before)
-    assert engine.ran == 1
+    assert engine.ran == ran
 
 
 def test_an_engine_that_cannot_be_made_is_named() -> None:

@@ -1,0 +1,126 @@
+"""A call that differs from an earlier one in its prompts alone is not prepared again, and says the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generate_pair import FAST, IDS, MASK, Pair
+from transformers import GenerationConfig, GenerationMixin
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair("llama")
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each call that transformers prepares."""
+    calls: list[str] = []
+    original = GenerationMixin._prepare_generation_config
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(self).__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_generation_config", noted)
+    return calls
+
+
+def both(pair: Pair, seed: int = 0, **arguments: Any) -> None:
+    """The twins say the same; a sample is another, but that of a call which is prepared."""
+    first = pair.plain
+    if arguments.get("do_sample"):
+        first, recipes = pair.model, dict(pair.model.generate.decoding._recipes)
+        pair.model.generate.decoding._recipes.clear()
+    results = []
+    for model in (first, pair.model):
+        torch.manual_seed(seed)
+        results.append(model.generate(**arguments))
+        if arguments.get("do_sample"):
+            pair.model.generate.decoding._recipes.update(recipes)
+    assert torch.equal(*results)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0},
+    {"max_new_tokens": 7, "min_new_tokens": 4, "eos_token_id": list(range(3, 40)), "pad_token_id": 0},
+    {"max_new_tokens": 4, "do_sample": True, "top_k": 9, "temperature": 0.7, "pad_token_id": 0},
+    {"max_new_tokens": 6, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "pad_token_id": 0},
+    {"generation_config": GenerationConfig(max_new_tokens=3, eos_token_id=9, pad_token_id=0)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_other_prompts_are_not_prepared_again(pair: Pair, prepared: list[str], settings: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, **settings}
+    pair.model.generate(**arguments)
+    for seed, columns in enumerate((slice(None), slice(2, None), slice(4, None))):
+        prepared.clear()
+        both(pair, seed, **{**arguments, "input_ids": IDS[:, columns], "attention_mask": MASK[:, columns]})
+        both(pair, seed, **{**arguments, "input_ids": IDS[1:2, columns], "attention_mask": MASK[1:2, columns]})
+        assert len(prepared) == 2  # for the other twin
+
+
+def test_without_a_mask_padding_is_told_as_transformers_does(pair: Pair, prepared: list[str]) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    both(pair, input_ids=IDS[1:2], **arguments)
+    prepared.clear()
+    both(pair, input_ids=IDS[1:2, 2:], **arguments)
+    assert len(prepared) == 1
+    both(pair, input_ids=IDS, **arguments)  # with padding among the tokens
+    assert len(prepared) == 3
+
+
+def test_what_changes_between_calls_is_seen(pair: Pair, prepared: list[str]) -> None:
+    arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "pad_token_id": 0}
+    config = pair.model.generation_config
+    pair.model.generate(**arguments)
+    prepared.clear()
+    config.min_new_tokens = 2
+    try:
+        pair.model.generate(**arguments)
+        assert len(prepared) == 1
+    finally:
+        config.min_new_tokens = None
+    pair.model.config.temperature = 0.5
+    try:
+        with pytest.raises(ValueError, match="modified the pretrained model configuration"):
+            pair.model.generate(**arguments)
+    finally:
+        del pair.model.config.temperature
+    prepared.clear()
+    pair.model.generate(**arguments, max_length=None)
+    pair.model.generate(**arguments, max_length=None)
+    assert len(prepared) == 1
+    pair.model.train()
+    try:
+        pair.model.generate(**arguments)
+    finally:
+        pair.model.eval()
+    assert len(prepared) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 12},
+        {"max_new_tokens": 4, "forced_eos_token_id": 9},
+        {"max_new_tokens": 4, "min_length": 9, "eos_token_id": 5},
+        {"max_new_tokens": 4, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_settings_that_count_from_elsewhere_are_prepared_each_time(
+    pair: Pair, prepared: list[str], settings: dict[str, Any]
+) -> None:
+    for columns in (slice(None), slice(3, None)):
+        prepared.clear()
+        both(pair, input_ids=IDS[:, columns], attention_mask=MASK[:, columns], pad_token_id=0, **settings)
+        assert len(prepared) == 2
+
+
+def test_calls_are_counted(pair: Pair) -> None:
+    for _ in range(2):
+        pair.check(FAST, input_ids=IDS, attention_mask=MASK, max_new_tokens=2, pad_token_id=0, do_sample=False)
