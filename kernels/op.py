@@ -76,12 +76,16 @@ class Op:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A provider of an op: `run` takes the op's arguments, `supports` says why it cannot, or `None`."""
+    """A provider of an op: `run` takes the op's arguments, `supports` says why it cannot, or `None`.
+
+    `early` names arguments that it reads while the kernels before it still run: they must be computed by none of ours.
+    """
 
     op: Op
     provider: str
     run: Callable[..., Any]
     supports: Callable[[Signature], str | None]
+    early: tuple[str, ...] = ()
 
 
 def define(

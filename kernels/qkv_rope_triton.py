@@ -174,7 +174,7 @@ def qkv_rope(
 ) -> Tensor:
     """As the op `qkv_rope`, the product by PyTorch."""
     y = library(F.linear, x, weight, bias)
-    _turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
+    turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
           compute_dtype)  # fmt: skip
     return y
 
@@ -199,12 +199,12 @@ def qkv_rope_of_few_rows(
 ) -> Tensor:
     """As the op `qkv_rope`, the product by the kernels for few rows."""
     y = skinny_triton.linear_act(x, weight, bias, "identity")
-    _turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
+    turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
           compute_dtype)  # fmt: skip
     return y
 
 
-def _turn(
+def turn(
     x: Tensor,
     y: Tensor,
     cos: Tensor,

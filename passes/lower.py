@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..compiler.pipeline import Context
-from ..compiler.program import Program
+from ..compiler.program import InputKind, Program
 from ..compiler.provenance import module_of, source_of
 from ..compiler.records import Check, NearMiss, PassResult, Reverted, Rewrite
 from ..compiler.rule import Stage
@@ -37,6 +38,8 @@ def lower(program: Program, context: Context) -> PassResult:
     places: dict[tuple[str, str, str], fx.Node] = {}
     chosen: dict[Any, tuple[Kernel, ...]] = {}
     bound: dict[Any, Any] = {}
+    given = (InputKind.USER, InputKind.STEP)
+    weights = {node for node, input in program.placeholder_inputs().items() if input.kind not in given}
     for node in list(graph.nodes):
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
         op = linear_act if plain else op_of(node.target)
@@ -48,9 +51,10 @@ def lower(program: Program, context: Context) -> PassResult:
             node.target = linear_act.overload
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         signature = op.signature(*args, **kwargs)
-        key = (op.name, repr(signature))
+        moving = _moving(node, op, weights)
+        key = (op.name, repr(signature), moving)
         if key not in chosen:
-            chosen[key] = _choose(graph, node, op, signature, context, result, refusals, places)
+            chosen[key] = _choose(graph, node, op, signature, moving, context, result, refusals, places)
         kernels = chosen[key]
         if kernels and kernels not in bound:
             bound[kernels] = choice.bind(op, kernels)
@@ -81,7 +85,18 @@ def _by_rows(context: Context) -> bool:
 def _plain_linears() -> tuple[Kernel, ...]:
     """PyTorch's first: without a measurement nothing else computes a plain linear layer."""
     kernels = {k.provider: k for k in PROVIDERS.get("linear_act", ())}
-    return tuple(kernels[p] for p in ("cublas", "skinny", "wgmma") if p in kernels)
+    return tuple(kernels[p] for p in ("cublas", "skinny", "wgmma", "stream") if p in kernels)
+
+
+def _moving(node: fx.Node, op: Op, weights: Collection[fx.Node]) -> frozenset[str]:
+    """The tensor arguments that are no weights: kernels shortly before the node's may write them."""
+    names = [argument.name for argument in op.overload._schema.arguments]
+    named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return frozenset(
+        name
+        for name, value in named.items()
+        if isinstance(value, fx.Node) and value not in weights and value.op != "get_attr"
+    )
 
 
 def _choose(
@@ -89,6 +104,7 @@ def _choose(
     node: fx.Node,
     op: Op,
     signature: dict[str, Any],
+    moving: frozenset[str],
     context: Context,
     result: PassResult,
     refusals: Counter[tuple[str, str, str]],
@@ -99,6 +115,8 @@ def _choose(
     plain = op is linear_act and signature["kind"] == "identity"
     for kernel in _plain_linears() if plain else PROVIDERS.get(op.name, ()):
         reason = kernel.supports(signature)
+        if reason is None and not moving.isdisjoint(kernel.early):
+            reason = f"it reads {' and '.join(kernel.early)} before the kernels end that may compute it"
         if reason is not None:
             if context.settings.device.type == "cuda":
                 refusals[op.name, kernel.provider, reason] += 1

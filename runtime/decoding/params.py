@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 Bias = tuple[tuple[int, ...], float]
 """`(tokens, bias)`: the last of `tokens` gets the bias where the others were the latest tokens (`sequence_bias`)."""
@@ -81,10 +80,11 @@ class SamplingParams:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: it has to be a non-negative 63-bit integer")
 
-    @functools.cached_property
+    @property
     def features(self) -> frozenset[str]:
         """Names of the settings that do something: what a sampler must be made for. Sizes of top_k come in powers."""
-        found = {name for name in BY_THEMSELVES if getattr(self, name) != _DEFAULTS[name]}
+        plain = SamplingParams()
+        found = {name for name in BY_THEMSELVES if getattr(self, name) != getattr(plain, name)}
         if self.min_length > len(self.padding) and self.eos:
             found.add("min_length")
         if self.top_k:
@@ -92,6 +92,3 @@ class SamplingParams:
         if self.no_repeat_ngram_size:
             found.add(f"ngram:{self.no_repeat_ngram_size}")
         return frozenset(found)
-
-
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}

@@ -164,6 +164,11 @@ def test_wgmma_refuses(device: str) -> None:
         (128, 30522, 1024, "wgmma"),
         (64, 50257, 768, "skinny"),
         (1, 2, 768, "skinny"),
+        (1, 4096, 4096, "skinny"),  # for one row, the streaming kernel is ahead only where no other comes between
+        (8, 128256, 4096, "stream"),
+        (16, 4096, 4096, "stream"),
+        (16, 128256, 4096, "skinny"),
+        (16, 1024, 3072, "skinny"),
         (512, 77, 4096, "cublas"),  # too few tiles
         (4096, 768, 768, "cublas"),
     ],

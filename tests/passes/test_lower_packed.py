@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from runtime_models import tiny_llama
+from torch import fx
 
 import regraft
 from regraft.kernels.linear_act import gate_up
@@ -28,3 +29,20 @@ def test_a_kernel_that_reads_a_packed_weight_is_compared_and_kept(monkeypatch: p
     assert seen and set(seen) == {(2 * 112, 64)}
     labels = {group.label: group.count for group in model.report.rewrites if group.rule == "lower"}
     assert labels["gate_up -> here"] == 2
+
+
+def test_a_kernel_that_reads_a_weight_early_takes_none_that_the_graph_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    computed = graph.call_function(torch.neg, (weight,))
+    for given, moving in ((weight, {"x"}), (computed, {"x", "weight"}), (x, {"x", "weight"})):
+        node = graph.call_function(gate_up.overload, (x, given, None), {"kind": "silu"})
+        assert lower._moving(node, gate_up, {weight}) == moving
+
+    def early(*args: Any) -> torch.Tensor:
+        raise AssertionError("x is not at rest")
+
+    kernels = (Kernel(gate_up, "here", early, lambda signature: None, early=("x",)),)
+    monkeypatch.setattr(lower, "PROVIDERS", MappingProxyType({"gate_up": kernels}))
+    model = regraft.optimize(tiny_llama(1), verbose=False, on_error="raise")
+    assert "gate_up -> reference" in {group.label for group in model.report.rewrites if group.rule == "lower"}

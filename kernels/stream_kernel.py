@@ -1,0 +1,178 @@
+# mypy: disallow-untyped-defs=False
+"""Matrix products with few rows of x for Hopper, in Gluon: the weight streams through a ring in shared memory.
+
+The weight is cut into tiles of 64 rows (gated: 64 of gate and 64 of up) and these into steps of some columns. All
+steps, tile by tile, are dealt out in equal shares to as many programs as there are multiprocessors. Rows of the weight
+are the matrix unit's first operand, rows of x the second, 8 to 64 wide; both come by TMA.
+
+The ring is filled with weights before a program waits for the kernel that computes x: the memory is busy while that
+kernel ends. No kernel that lets the next one start early may have written the weight.
+
+A tile whose steps lie in several shares is left in parts. The last of its programs adds them up, in the order of the
+programs: the result has the same bits each time.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .activation_triton import activate
+
+
+@gluon.jit
+def _copy_weight(w_desc, w_bufs, bar, stage, row, col, up_offset, wanted, GATED: gl.constexpr):
+    if GATED:
+        tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(2 * stage), pred=wanted)
+        up = w_bufs.index(2 * stage + 1)
+        tma.async_copy_global_to_shared(w_desc, [row + up_offset, col], bar, up, pred=wanted)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _add(acc, up, parts, program, steps, programs, begin, mask, PARTS: gl.constexpr, SIZE: gl.constexpr):
+    """Adds what a program has left of the tile that begins with step `begin`."""
+    slot = 2 * program + (program * steps // programs < begin).to(gl.int32)
+    acc += gl.load(parts + slot * (PARTS * SIZE), mask=mask, other=0.0, cache_modifier=".cg")
+    if PARTS == 2:
+        up += gl.load(parts + (slot * PARTS + 1) * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
+    return acc, up
+
+
+@gluon.jit
+def _finish(
+    acc, up, b_ptr, y_ptr, n, t, M, N, stride_b, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """Bias, activation and store of a tile: rows n of the weight, rows t of x, broadcast against each other."""
+    if HAS_BIAS:
+        acc += gl.load(b_ptr + n * stride_b, mask=n < N, other=0.0).to(gl.float32)
+        if GATED:
+            up += gl.load(b_ptr + (N + n) * stride_b, mask=n < N, other=0.0).to(gl.float32)
+    y = activate(acc, KIND)
+    if GATED:
+        y *= up
+    gl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (t < M))
+
+
+@gluon.constexpr_function
+def _flat(rows, warps):
+    """The layout in which parts `[rows of x, rows of the weight]` are read again."""
+    lanes = min(rows // 4, 32)
+    return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.jit(do_not_specialize=["M", "N", "steps", "depth", "stride_b"])
+def stream_kernel(
+    x_desc, w_desc, b_ptr, y_ptr, part_ptr, count_ptr, M, N, steps, depth, stride_b,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, MOST: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """`depth`: steps of a tile. part `[programs, 2 tiles, gate and up, rows of x, rows of a tile]` fp32, with anything
+    in it; count `[tiles]` int32, 0 before and after. MOST: programs that may share a tile."""
+    gdc_launch_dependents()
+    PARTS: gl.constexpr = 2 if GATED else 1
+    ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
+    BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
+    BYTES: gl.constexpr = (PARTS * ROWS + BLOCK_T) * BLOCK_K * 2
+    dtype: gl.constexpr = x_desc.dtype
+    x_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(dtype, [PARTS * STAGES, ROWS, BLOCK_K], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    gl.thread_barrier()
+    place = gl.program_id(0)
+    programs = gl.num_programs(0)
+    first = place * steps // programs
+    last = (place + 1) * steps // programs
+    for i in gl.static_range(STAGES - 1):
+        step = first + i
+        wanted = step < last
+        mbarrier.expect(full.index(i), BYTES, pred=wanted)
+        row, col = step // depth * ROWS, step % depth * BLOCK_K
+        _copy_weight(w_desc, w_bufs, full.index(i), i, row, col, N, wanted, GATED)
+    gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        step = first + i
+        col = step % depth * BLOCK_K
+        tma.async_copy_global_to_shared(x_desc, [0, col], full.index(i), x_bufs.index(i), pred=step < last)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_T, 16])
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    t = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+    stage = 0
+    phase = 0
+    behind = STAGES - 1  # the stage of the step before, which is copied to next
+    start = first
+    while start < last:
+        tile = start // depth
+        begin = tile * depth
+        stop = gl.minimum(last, begin + depth)
+        acc = gl.zeros((ROWS, BLOCK_T), gl.float32, layout)
+        up = gl.zeros((ROWS, BLOCK_T), gl.float32, layout)
+        for step in range(start, stop):
+            mbarrier.wait(full.index(stage), phase)
+            x = x_bufs.index(stage).permute((1, 0))
+            acc = warpgroup_mma(w_bufs.index(PARTS * stage), x, acc, use_acc=step > start, is_async=True)
+            if GATED:
+                up = warpgroup_mma(w_bufs.index(2 * stage + 1), x, up, use_acc=step > start, is_async=True)
+                acc, up = warpgroup_mma_wait(2, deps=[acc, up])
+            else:
+                acc = warpgroup_mma_wait(1, deps=[acc])
+            gl.thread_barrier()  # all warps have read the stage of the step before
+            bar = full.index(behind)
+            ahead = step + STAGES - 1
+            wanted = ahead < last
+            mbarrier.expect(bar, BYTES, pred=wanted)
+            row, col = ahead // depth * ROWS, ahead % depth * BLOCK_K
+            _copy_weight(w_desc, w_bufs, bar, behind, row, col, N, wanted, GATED)
+            tma.async_copy_global_to_shared(x_desc, [0, col], bar, x_bufs.index(behind), pred=wanted)
+            behind = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        if GATED:
+            acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        if stop - start == depth:
+            n, rows = gl.expand_dims(tile * ROWS + r, 1), gl.expand_dims(t, 0)
+            _finish(acc, up, b_ptr, y_ptr, n, rows, M, N, stride_b, HAS_BIAS, KIND, GATED)
+        else:
+            SIZE: gl.constexpr = BLOCK_T * ROWS
+            left = part_ptr + (2 * place + (start > first).to(gl.int32)) * (PARTS * SIZE)
+            left = left + gl.expand_dims(t * ROWS, 0) + gl.expand_dims(r, 1)
+            used = gl.expand_dims(r >= 0, 1) & gl.expand_dims(t < M, 0)
+            gl.store(left, acc, mask=used)
+            if GATED:
+                gl.store(left + SIZE, up, mask=used)
+            one = ((begin + 1) * programs - 1) // steps  # the programs that share the tile, from one to another
+            other = ((begin + depth) * programs - 1) // steps
+            gl.thread_barrier()
+            if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == other - one:  # the last of them adds up
+                gl.store(count_ptr + tile, 0)
+                FLAT: gl.constexpr = _flat(ROWS, gl.num_warps())
+                flat_t = gl.expand_dims(gl.arange(0, BLOCK_T, gl.SliceLayout(1, FLAT)), 1)
+                flat_r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, FLAT)), 0)
+                parts = part_ptr + flat_t * ROWS + flat_r
+                real = (flat_t < M) & (flat_r >= 0)
+                sum_acc = gl.zeros((BLOCK_T, ROWS), gl.float32, FLAT)
+                sum_up = gl.zeros((BLOCK_T, ROWS), gl.float32, FLAT)
+                if PARTS * SIZE * MOST <= 16384:  # all at once
+                    for i in gl.static_range(MOST):
+                        take = real & (one + i <= other)
+                        sum_acc, sum_up = _add(
+                            sum_acc, sum_up, parts, one + i, steps, programs, begin, take, PARTS, SIZE
+                        )  # fmt: skip
+                else:
+                    for program in range(one, other + 1):
+                        sum_acc, sum_up = _add(
+                            sum_acc, sum_up, parts, program, steps, programs, begin, real, PARTS, SIZE
+                        )  # fmt: skip
+                flat_n = tile * ROWS + flat_r
+                _finish(sum_acc, sum_up, b_ptr, y_ptr, flat_n, flat_t, M, N, stride_b, HAS_BIAS, KIND, GATED)
+        start = stop

@@ -1,0 +1,139 @@
+"""Weights that stream through shared memory: as good as PyTorch over odd sizes, epilogues, streams and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import as_tuple, assert_close, layout, oracle
+
+from regraft.kernels import choice, counters, qkv_rope_stream, stream_gluon
+from regraft.kernels.linear_act import gate_up, linear_act
+from regraft.kernels.op import Op, TensorSpec
+from regraft.kernels.qkv_rope import qkv_rope
+
+KERNELS = {kernel.op.name: kernel for kernel in stream_gluon.KERNELS}
+QKV = qkv_rope_stream.KERNELS[0]
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def check(op: Op, *args: object) -> None:
+    kernel = KERNELS[op.name]
+    assert kernel.supports(op.signature(*args)) is None
+    actual, reference = kernel.run(*args), op.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
+    assert layout(actual) == layout(reference)
+    assert torch.equal(actual, kernel.run(*args))  # parts are added in one order
+
+
+def linear(rows: int, columns: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(rows, depth, device="cuda").to(dtype)
+    weight = (torch.randn(columns, depth, device="cuda") / depth**0.5).to(dtype)
+    return x, weight, torch.randn(columns, device="cuda").to(dtype)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 33, 64])
+@pytest.mark.parametrize(("columns", "depth"), [(1, 8), (77, 136), (1000, 264), (4096, 1032), (300, 9000)])
+def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
+    x, weight, bias = linear(rows, 2 * columns, depth, torch.bfloat16)
+    check(linear_act, x, weight, bias, "gelu")
+    check(linear_act, x, weight[:columns], None, "identity")
+    check(gate_up, x, weight, bias, "silu")
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_views_and_fp16() -> None:
+    for rows in (1, 30):
+        x, weight, bias = linear(rows, 200, 72, torch.float16)
+        wide = torch.randn(rows, 3, 152, device="cuda").half()
+        check(linear_act, x.view(1, rows, 72), weight, bias[:, None].expand(200, 2)[:, 0], "relu")
+        check(gate_up, x, weight[::2], None, "silu")
+        check(gate_up, wide[:, 0, 8:80], weight, bias, "gelu_tanh")
+        # left to the kernels beside it: rows that no 16 bytes divide, rows that overlap, a weight by columns
+        check(linear_act, wide[:, 0, 7:79], weight, None, "silu")
+        check(linear_act, x[:1].expand(rows, 72), weight, None, "silu")
+        check(linear_act, x, weight.t().contiguous().t(), bias, "tanh")
+    check(linear_act, x[0], weight, bias, "mish")
+    x, weight, bias = linear(70, 200, 72, torch.float16)
+    actual = KERNELS["linear_act"].run(x, weight, bias, "silu")
+    assert_close(actual, linear_act.reference(x, weight, bias, "silu"), oracle(linear_act, x, weight, bias, "silu")[0])
+    assert KERNELS["linear_act"].run(x[:0], weight, bias, "tanh").shape == (0, 200)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_streams_and_graphs_have_counters_of_their_own() -> None:
+    """Two graphs of dependent products and a stream without one, all at once, give what each gives alone."""
+    run = choice.bind(linear_act, [KERNELS["linear_act"]])
+    weights = [linear(8, 2048, 2048, torch.bfloat16)[1] for _ in range(4)]
+    inputs = [linear(8, 8, 2048, torch.bfloat16)[0] for _ in range(3)]
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights * 8:
+            x = run(x, weight, None, "identity")
+        return x
+
+    alone = [chain(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs, results = [], []
+    for x in inputs[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(chain(x))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = chain(inputs[2])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip([*results, eager], alone, strict=True))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_projection_of_heads() -> None:
+    x, weight, bias = linear(5, 6 * 64, 136, torch.bfloat16)
+    angle = torch.rand(5, 32, device="cuda")
+    tables = [torch.cat((t, t), -1).bfloat16() for t in (angle.cos(), angle.sin())]
+    args = (x, weight, bias, *tables, None, None, 3, 1, 64, False, 0.0, 0.0, None, "half", None)
+    assert QKV.supports(qkv_rope.signature(*args)) is None
+    assert_close(QKV.run(*args), qkv_rope.reference(*args), as_tuple(oracle(qkv_rope, *args))[0])
+
+
+def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spec(*shape: int | None, dtype: torch.dtype = torch.bfloat16) -> TensorSpec:
+        return TensorSpec(shape, dtype, torch.device("cuda"))
+
+    monkeypatch.setattr("regraft.kernels.launch.compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr("regraft.kernels.linear_act_wgmma.compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr("regraft.kernels.launch.INTERPRETED", False)
+    monkeypatch.setattr("regraft.kernels.linear_act_wgmma.INTERPRETED", False)
+
+    def reason(x: TensorSpec, weight: TensorSpec, name: str = "linear_act") -> str | None:
+        return KERNELS[name].supports({"x": x, "weight": weight, "bias": None, "kind": "silu"})
+
+    assert reason(spec(8, 64), spec(32, 64)) is None
+    assert reason(spec(1, None, 64), spec(32, 64)) is None  # more rows are left to other kernels
+    assert "65 rows" in (reason(spec(5, 13, 64), spec(32, 64)) or "")
+    assert "16 bits" in (reason(spec(8, 64, dtype=torch.float32), spec(32, 64, dtype=torch.float32)) or "")
+    assert "16 bytes" in (reason(spec(8, 60), spec(32, 60)) or "")
+    assert "odd" in (reason(spec(8, 64), spec(33, 64), "gate_up") or "")
+    monkeypatch.setattr("regraft.kernels.linear_act_wgmma.compute_capability", lambda device: (8, 0))
+    assert "Hopper" in (reason(spec(8, 64), spec(32, 64)) or "")
+
+
+def test_counters_are_shared_by_a_stream_alone() -> None:
+    pool = counters._Pool(torch.zeros(8, dtype=torch.int32))
+    first, second = pool.take(5, True), pool.take(3, False)
+    assert first.data_ptr() + 5 * 4 == second.data_ptr()
+    kept = len(counters._kept)
+    assert len(pool.take(1, True)) == 1  # none are left: memory of the graph, which is kept
+    assert len(counters._kept) == kept + 1
