@@ -6,8 +6,8 @@
 * SPLIT: the second dimension of the grid divides the keys of each sequence by its own length, which is read on the
   device: one grid serves all lengths, and programs for which nothing is left return. `combine_kernel` puts the parts
   together; it knows from the length how many there are, and leaves alone what one program did by itself.
-* FUSED: a sequence's new keys and values are taken from where they were computed, and written into their pages by the
-  program that attends to them. Otherwise `write_kernel` has done it before.
+* `write_kernel` has written the new keys and values before. Few queries have a kernel of their own, see
+  `paged_decode_kernel`.
 """
 
 from __future__ import annotations
@@ -44,17 +44,11 @@ def _clear_rows(o_ptr, cu_q_ptr, TOKENS, SEQUENCES, WIDTH):
     _clear_behind(o_ptr, tl.load(cu_q_ptr + SEQUENCES).to(tl.int64) * WIDTH, TOKENS.to(tl.int64) * WIDTH)
 
 
-_STEPS: Final = tuple(f"stride_{name}" for name in ("tb", "qt", "kt", "vt"))
-
-
-@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "BLOCKS", "SPLITS", "left", *_STEPS])
+@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "BLOCKS", "SPLITS", "left", "stride_tb", "stride_qt"])
 def paged_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
     k_pages_ptr,
     v_pages_ptr,
-    slots_ptr,
     cu_q_ptr,
     lengths_ptr,
     table_ptr,
@@ -73,10 +67,6 @@ def paged_kernel(
     KV_HEADS,
     stride_qt,
     stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
     stride_kp,
     stride_kk,
     stride_kg,
@@ -96,10 +86,9 @@ def paged_kernel(
     HAS_SOFTCAP: tl.constexpr,
     RELATIVE: tl.constexpr,  # distances of a table of biases; 0: there is none
     SCALED: tl.constexpr,  # pages hold numbers divided by a scale
-    FUSED: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISE: tl.constexpr,  # scores in natural units, exponentials to the last bit
-    ALIGN: tl.constexpr,  # strides of q, k and v are given in units of so many elements
+    ALIGN: tl.constexpr,  # strides of q are given in units of so many elements
     PAGE_ALIGN: tl.constexpr,  # as ALIGN, of the pages
     PDL: tl.constexpr,
     PAGE: tl.constexpr,
@@ -155,8 +144,6 @@ def paged_kernel(
     whole = 0
     oldest = 0
     edge = tl.maximum(bottom, 0) // BLOCK_N * BLOCK_N
-    if FUSED:
-        edge = tl.maximum(shift, 0) // BLOCK_N * BLOCK_N
     if HAS_LEFT:
         oldest = bottom - left
         whole = tl.cdiv(tl.maximum(top - left, 0), BLOCK_N) * BLOCK_N
@@ -189,14 +176,6 @@ def paged_kernel(
             offset = key % PAGE
             k_at = k_head + (page * stride_kp + offset * stride_kk) * PAGE_ALIGN  # [BLOCK_N]
             v_at = v_head + (page * stride_vp + offset * stride_vk) * PAGE_ALIGN
-            if FUSED and SEGMENT == 2:
-                new = q_first + (key - shift)
-                slot = tl.load(slots_ptr + new, mask=(key >= shift) & (key < K) & is_key, other=-1)
-                is_new = slot >= 0
-                k_to = k_head + (slot // PAGE * stride_kp + slot % PAGE * stride_kk) * PAGE_ALIGN
-                v_to = v_head + (slot // PAGE * stride_vp + slot % PAGE * stride_vk) * PAGE_ALIGN
-                k_at = tl.where(is_new, k_ptr + (new * stride_kt + kv_head * stride_kh) * ALIGN, k_at)
-                v_at = tl.where(is_new, v_ptr + (new * stride_vt + kv_head * stride_vh) * ALIGN, v_at)
 
             inside = (d < D)[:, None]
             inside_v = (dv < DV)[None, :]
@@ -211,9 +190,6 @@ def paged_kernel(
                 v = tl.load(v_at[:, None] + dv[None, :])  # [BLOCK_N, BLOCK_DV]
             else:
                 v = tl.load(v_at[:, None] + dv[None, :], mask=inside_v, other=0.0)
-            if FUSED and SEGMENT == 2:
-                tl.store(k_to[None, :] + d[:, None], k, mask=inside & is_new[None, :])
-                tl.store(v_to[:, None] + dv[None, :], v, mask=inside_v & is_new[:, None])
             s = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if SCALED:
                 of_key = page * stride_sp + offset * stride_sk + kv_head * stride_sg

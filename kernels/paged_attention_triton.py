@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import paged_attention as ops
-from .attention_triton import MAX_HEAD_DIM, AttentionMemory, _multiprocessors
+from .attention_triton import MAX_HEAD_DIM, AttentionMemory
 from .launch import (
     ALIGNMENT,
     INTERPRETED,
@@ -27,14 +27,11 @@ from .launch import (
 from .op import Kernel, Signature
 from .overlap import overlaps
 from .paged_attention_kernel import combine_kernel, paged_kernel, write_kernel
+from .paged_decode_triton import MAX_ROWS, attend, splits_of
+from .paged_decode_triton import plan as decode_plan
 from .tuning import MANY, choose, refuse_memory
 
 KEYS_PER_SPLIT: Final = 128
-MAX_SPLITS: Final = 64
-
-
-FUSED_ROWS: Final = 32
-"""Tiles of at most so many rows may take new keys from elsewhere than pages: they do not use Hopper's wgmma."""
 
 
 def _plan(
@@ -49,12 +46,6 @@ def _plan(
     features = {"D": max(blocks), "bytes": itemsize, "page_bytes": page_bytes, "rows": rows}
     features["aligned"] = int(aligned)
     return features, AttentionMemory(*blocks, itemsize, pair_bytes)
-
-
-def splits_of(programs: int, keys: int, device: torch.device) -> int:
-    """Into how many parts the keys are divided, at most `keys` of a sequence, so that every multiprocessor is busy."""
-    wanted = 2 * _multiprocessors(device) // max(programs, 1)
-    return max(1, min(wanted, keys // KEYS_PER_SPLIT, MAX_SPLITS))
 
 
 def paged_attention(
@@ -96,15 +87,21 @@ def paged_attention(
     align, page_align = _unit(q, k, v), _unit(k_pages, v_pages)
     group, page = heads // kv_heads, k_pages.shape[1]
     rows = max_q * group
+    same: dict[str, Any] = {"HAS_LEFT": left >= 0, "HAS_SINKS": sinks is not None, "HAS_SLOPES": slopes is not None}
+    same |= {"PRECISE": v.dtype == torch.float32, "R": group, **overlaps(q)}
+    if rows <= MAX_ROWS:
+        with on_device(q):
+            attend(o, q, k, v, k_pages, v_pages, slots, cu_seqlens_q, lengths, block_table, max_q, sinks, slopes,
+                   k_scale, v_scale, scale, left, softcap, relative, align, page_align, same)  # fmt: skip
+        return o
     aligned = all(rows_aligned(t) for t in (q, k_pages, v_pages))
     pair_bytes = 0 if relative is None else relative.element_size()
     plan = _plan(d, dv, q.element_size(), k_pages.element_size(), rows, aligned, pair_bytes)
     config = choose("paged_attention", *plan, q.device)
-    fused = k_pages.dtype == k.dtype and rows <= min(config["BLOCK_M"], FUSED_ROWS)
     blocks = triton.cdiv(rows, config["BLOCK_M"])
     programs = sequences * kv_heads * blocks
     keys = block_table.shape[1] * page
-    splits = splits_of(programs, keys if left < 0 else min(keys, left + max_q), q.device)
+    splits = splits_of(programs, keys if left < 0 else min(keys, left + max_q), KEYS_PER_SPLIT, q.device)
     part, state = o, o
     if splits > 1:
         part = empty((tokens, heads, splits, dv), torch.float32, q.device)
@@ -114,20 +111,14 @@ def paged_attention(
     shape: dict[str, Any] = {"PAGE": page, "D": d, "DV": dv, "ALIGN": align, "PAGE_ALIGN": page_align}
     shape |= {"SCALED": k_scale is not None}
     shape |= {"BLOCK_D": max(16, triton.next_power_of_2(d)), "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
-    same: dict[str, Any] = {"HAS_LEFT": left >= 0, "HAS_SINKS": sinks is not None, "HAS_SLOPES": slopes is not None}
-    same |= {"PRECISE": v.dtype == torch.float32, "R": group, **overlaps(q)}
     with on_device(q):
-        if not fused:
-            write_pages(k, v, k_pages, v_pages, slots, k_scale, v_scale)
+        write_pages(k, v, k_pages, v_pages, slots, k_scale, v_scale)
         launch(
             paged_kernel,
             (programs, splits),
             q,
-            k,
-            v,
             k_pages,
             v_pages,
-            slots,
             cu_seqlens_q,
             lengths,
             block_table,
@@ -146,10 +137,6 @@ def paged_attention(
             kv_heads,
             q.stride(0) // align,
             q.stride(1) // align,
-            k.stride(0) // align,
-            k.stride(1) // align,
-            v.stride(0) // align,
-            v.stride(1) // align,
             *into,
             block_table.stride(0),
             float(scale),
@@ -157,7 +144,6 @@ def paged_attention(
             left,
             HAS_SOFTCAP=softcap != 0.0,
             RELATIVE=0 if relative is None else relative.shape[1],
-            FUSED=fused,
             SPLIT=splits > 1,
             STAGES=config.num_stages,
             **shape,
@@ -305,12 +291,12 @@ def _refuse_pages(signature: Signature) -> str | None:
 def _refuse_memory(signature: Signature) -> str | None:
     q, k_pages, v, relative = (signature[name] for name in ("q", "k_pages", "v", "relative"))
     pair_bytes = 0 if relative is None else relative.dtype.itemsize
+    of = q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize
     for aligned in (True, False):
-        plan = _plan(q.shape[2], v.shape[2], q.dtype.itemsize, k_pages.dtype.itemsize, MANY, aligned, pair_bytes)
-        reason = refuse_memory("paged_attention", *plan, q.device)
+        reason = refuse_memory("paged_attention", *_plan(*of, MANY, aligned, pair_bytes), q.device)
         if reason is not None:
             return reason
-    return None
+    return refuse_memory("paged_decode", *decode_plan(*of, MAX_ROWS, 1, pair_bytes), q.device)
 
 
 KERNELS: Final = (Kernel(ops.paged_attention, "triton", paged_attention, _supports),)

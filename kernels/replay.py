@@ -58,7 +58,7 @@ def _noted(tensor: Tensor) -> Tensor:
 
 
 def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, a PyTorch function that returns one new tensor; its tensors are the launcher's arguments."""
+    """`function(*args)`, which returns one tensor that is no argument; its tensors are the launcher's arguments."""
     result = function(*args)
     recording = _current.recording
     if recording is not None:

@@ -160,8 +160,8 @@ class Executor:
 
     def mixed(self, chunks: list[Chunk], epilogue: Epilogue) -> Readback:
         """Compute chunks of any length; a token of each that `samples`, none of the others."""
-        self._assign(epilogue, [c.sequence for c in chunks])
         logits, sampled = self._forward(chunks)
+        self._assign(epilogue, [c.sequence for c in chunks])  # while the device computes
         with torch.no_grad():
             tokens = epilogue(logits, sampled)
         return Readback(tokens[None], [(_row(c.sequence), 0, int(c.samples)) for c in chunks])

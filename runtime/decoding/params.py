@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 
 Bias = tuple[tuple[int, ...], float]
 """`(tokens, bias)`: the last of `tokens` gets the bias where the others were the latest tokens (`sequence_bias`)."""
@@ -80,11 +81,10 @@ class SamplingParams:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: it has to be a non-negative 63-bit integer")
 
-    @property
+    @functools.cached_property
     def features(self) -> frozenset[str]:
         """Names of the settings that do something: what a sampler must be made for. Sizes of top_k come in powers."""
-        plain = SamplingParams()
-        found = {name for name in BY_THEMSELVES if getattr(self, name) != getattr(plain, name)}
+        found = {name for name in BY_THEMSELVES if getattr(self, name) != _DEFAULTS[name]}
         if self.min_length > len(self.padding) and self.eos:
             found.add("min_length")
         if self.top_k:
@@ -92,3 +92,6 @@ class SamplingParams:
         if self.no_repeat_ngram_size:
             found.add(f"ngram:{self.no_repeat_ngram_size}")
         return frozenset(found)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}

@@ -26,6 +26,7 @@ from regraft.kernels import (
     linear_act_triton,
     overlap,
     paged_attention_triton,
+    paged_decode_triton,
     rms_norm_triton,
     tuning,
 )
@@ -62,18 +63,20 @@ def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None])
         ends, lengths = (torch.empty(n, dtype=torch.int32) for n in (3, 2))
         given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), ends, lengths, ends[None], queries)
         paged_attention_triton.paged_attention(*given, k_scale=scales, v_scale=scales)
-        plan = paged_attention_triton._plan(width, width, 2, stored.itemsize, 4 * queries, width % 8 == 0)
+        of = width, width, 2, stored.itemsize, 4 * queries
+        few = queries == 1
+        plan = paged_decode_triton.plan(*of, 4) if few else paged_attention_triton._plan(*of, width % 8 == 0)
         record(f"paged_attention {width} {queries} {stored}", plan[1])
         if (width, stored) == (128, half):
             paged_attention_triton.paged_attention(*given, relative=torch.empty(8, 129, dtype=half))
-            plan = paged_attention_triton._plan(width, width, 2, 2, 4 * queries, True, 2)
+            plan = paged_decode_triton.plan(*of, 4, 2) if few else paged_attention_triton._plan(*of, True, 2)
             record(f"paged_attention {width} {queries} biased torch.bfloat16", plan[1])
 
 
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
-    attention_triton._multiprocessors = paged_attention_triton._multiprocessors = lambda device: 1  # one part of keys
+    attention_triton._multiprocessors = paged_decode_triton._multiprocessors = lambda device: 1  # one part of keys
     overlap.compute_capability = lambda device: divmod(capability, 10)
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run

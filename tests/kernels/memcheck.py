@@ -50,7 +50,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         "softcap": 4.0,
     }
 
-    def paged(pages: torch.dtype, *lengths: int, new: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def paged(pages: torch.dtype, *lengths: int, new: int, **more: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`new` queries of each sequence; -1 in the table where no page is."""
         blocks = [-(-n // 16) for n in lengths]
         table, order = torch.full((len(lengths), max(blocks) + 1), -1), torch.randperm(sum(blocks))
@@ -60,7 +60,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         q, k, v = (randn(len(slots) + 3, heads, 80) for heads in (6, 2, 2))
         store = [torch.randint(-99, 99, (sum(blocks), 16, 2, 80), device="cuda").to(pages) for _ in range(2)]
         sequences = ends(*[new] * len(lengths)), torch.tensor(lengths).int().cuda(), table.int().cuda()
-        named = {"sinks": torch.randn(6, device="cuda"), "slopes": torch.rand(6, device="cuda"), "scale": 0.1}
+        named = {"sinks": torch.randn(6, device="cuda"), "slopes": torch.rand(6, device="cuda"), "scale": 0.1, **more}
         if pages != dtype:
             named |= {name: torch.rand(sum(blocks), 16, 2, device="cuda") for name in ("k_scale", "v_scale")}
         return (q, k, v, *store, torch.tensor([*slots, -1, -1, -1]).cuda(), *sequences, new), named
@@ -97,6 +97,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("varlen_attention", (packed[0], *pages, ends(37, 1, 36), ends(40, 3, 36), 37, 40, table), {"scale": 0.1}),
         ("paged_attention", *paged(dtype, 40, 1, 777, new=1)),
         ("paged_attention", *paged(dtype, 40, 37, 100, new=37)),
+        ("paged_attention", *paged(dtype, 37, 37, new=37, slopes=None, fresh=True)),
         ("paged_attention", *paged(torch.int8, 40, 3, new=2)),
         ("paged_attention", *paged(torch.float8_e4m3fn, 400, 3, new=1)),
         ("activation", (x[..., ::2], "gelu_tanh"), {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_triton(step: str, option: str, dtype: torch.dtype, device: str) -> None
 
 @on_devices
 @in_dtypes
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "slopes"])
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("slopes", "relative")])
 def test_sequences_that_begin_need_no_pages(option: str, dtype: torch.dtype, device: str) -> None:
     """Pages are written, and what they hold besides is NaN; a call that is not fresh reads them."""
     named: dict[str, Any] = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
@@ -213,11 +214,11 @@ def test_sequences_that_begin_need_no_pages(option: str, dtype: torch.dtype, dev
 
 
 @on_devices
-def test_slopes_are_read_with_pages(device: str) -> None:
+def test_biases_are_read_with_pages(device: str) -> None:
     arguments = batch([3, 4], [3, 4], dtype=torch.float16, device=device).arguments
-    slopes = torch.ones(4, device=device)
     assert BEGINS is not None and BEGINS.supports(paged_attention.signature(**arguments)) is None
-    assert BEGINS.supports(paged_attention.signature(**arguments, slopes=slopes)) == "slopes is given"
+    for name, bias in (("slopes", torch.ones(4, device=device)), ("relative", torch.ones(4, 9, device=device))):
+        assert BEGINS.supports(paged_attention.signature(**arguments, **{name: bias})) == f"{name} is given"
 
 
 @on_devices
@@ -329,6 +330,62 @@ def test_one_graph_and_one_plan_serve_all_lengths(queries: int) -> None:
     assert_close(y, expected, exact)
     assert torch.equal(plan(ordered), y)
     assert bool((y[2 * queries :] == 0).all())
+
+
+@pytest.mark.gpu
+def test_replays_see_what_the_steps_before_wrote() -> None:
+    """Keys are read before kernels that run have ended: what a graph decodes is what kernels one by one decode."""
+    from regraft.kernels.skinny_triton import linear_act
+
+    assert KERNEL is not None
+    torch.manual_seed(0)
+    layers, rows, page, most, heads, kv_heads, width = 3, 4, 16, 64, 8, 2, 64
+    steps, inner = 400, (heads + 2 * kv_heads) * width
+    projections = torch.randn(layers, inner, heads * width, device="cuda", dtype=torch.bfloat16) * 0.04
+    table = torch.randperm(rows * most, device="cuda").view(rows, most).int()
+    ends = torch.arange(rows + 1, device="cuda", dtype=torch.int32)
+    begins = torch.tensor([0, 100, 250, 560], device="cuda", dtype=torch.int32)
+    start = torch.randn(rows, heads * width, device="cuda", dtype=torch.bfloat16)
+
+    def decoder(between: Callable[[], None]) -> Callable[[], Tensor]:
+        pages = torch.zeros(layers, 2, rows * most, page, kv_heads, width, device="cuda", dtype=torch.bfloat16)
+        lengths, x = begins.clone(), start.clone()
+
+        def step() -> Tensor:
+            lengths.add_(1)
+            at = (lengths - 1).long()
+            slots = table.gather(1, (at // page)[:, None])[:, 0].long() * page + at % page
+            y = torch.nn.functional.rms_norm(x, (heads * width,))
+            for layer in range(layers):
+                between()
+                joined = linear_act(y, projections[layer], None, "identity").view(rows, -1, width)
+                between()
+                q, k, v = joined.split((heads, kv_heads, kv_heads), dim=1)
+                given = (q, k, v, *pages[layer], slots, ends, lengths, table, 1)
+                y = KERNEL.run(*given, scale=width**-0.5).flatten(1)
+            between()
+            return x.copy_(y)
+
+        return step
+
+    def nothing() -> None:
+        return None
+
+    slow, fast = decoder(torch.cuda.synchronize), decoder(nothing)
+    expected = [slow().clone() for _ in range(steps)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        first = [fast().clone() for _ in range(2)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = fast()
+    actual = list(first)
+    for _ in range(steps - 2):
+        graph.replay()
+        actual.append(y.clone())
+    different = [i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if not torch.equal(a, b)]
+    assert not different
 
 
 @on_devices

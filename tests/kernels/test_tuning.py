@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from regraft.kernels import attention_triton, linear_act_triton, paged_attention_triton, skinny_triton, tuning
+from regraft.kernels import (
+    attention_triton,
+    linear_act_triton,
+    paged_attention_triton,
+    paged_decode_triton,
+    skinny_triton,
+    tuning,
+)
 from regraft.kernels.tuning import Config, Entry, RowMemory, choose, device_file, parse, select_config
 
 H200, RTX_3090 = 232_448, 101_376
@@ -51,6 +58,8 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
             for rows, width, page_bytes, aligned in sizes:
                 plan = paged_attention_triton._plan(width, width, itemsize, page_bytes, rows, aligned)
                 assert select_config("paged_attention", *plan, file=file, limit=limit) is not None
+                decode = paged_decode_triton.plan(width, width, itemsize, page_bytes, min(rows, 32), 8)
+                assert select_config("paged_decode", *decode, file=file, limit=limit) is not None
             for rows in (1, 16, 17, 64, 65, 5000):
                 for weights, width in product((1, 2), (64, 4096, 28672)):
                     few = {"M": min(rows, 64), "N": width, "K": width, "bytes": itemsize, "weights": weights}
@@ -82,6 +91,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "linear": linear_act_triton._plan(1, 1, 1, 2, 1, True)[0],
         "attention": attention_plan(64, 2, 1)[0],
         "paged_attention": paged_attention_triton._plan(64, 64, 2, 2, 1, True)[0],
+        "paged_decode": paged_decode_triton.plan(64, 64, 2, 2, 1, 8)[0],
         "linear_wgmma": dict.fromkeys(("M", "N", "K", "gated", "rope"), 1),
         "moe_wgmma": dict.fromkeys(("M", "N", "K", "gated", "R"), 1),
         "heads": {"rows": 1, "D": 64},
