@@ -16,6 +16,9 @@ from .paged_attention import paged_attention
 PAGE: Final = 16
 _SIZES: Final = (
     # sequences, queries of each, keys of each, q heads, kv heads, head dim
+    (1, 1, 160, 32, 8, 128),
+    (8, 1, 160, 32, 8, 128),
+    (64, 1, 160, 32, 8, 128),
     (1, 1, 1024, 32, 8, 128),
     (1, 1, 8192, 32, 8, 128),
     (8, 1, 8192, 32, 8, 128),

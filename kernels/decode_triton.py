@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .overlap import overlaps, start_dependent
 
@@ -16,7 +17,8 @@ def advance_kernel(
     rows, stride_tg, stride_tr, stride_sg,
     PAGE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    start_dependent(PDL)
+    if PDL:
+        gdc_wait()  # and lets no kernel start early: attention reads lengths and slots before it waits
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     here = row < rows
     computed = tl.load(computed_ptr + row, mask=here, other=0)

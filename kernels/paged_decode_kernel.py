@@ -11,9 +11,9 @@
 Lengths, tables and old keys and values are read before the wait for the preceding kernels, and so behind them. That is
 right because kernels that let the next one start early wait themselves before they end: one that runs while an earlier
 one has not ended was launched behind the last kernel without `launch_pdl`, which began when all before it had ended.
-What is read early must therefore have been written before that kernel. In a decoding step it has: tables, lengths and
-slots come from the kernels that begin a step, which are launched without, as is the embedding behind them, and old keys
-from earlier steps. Queries, new keys and values, and rows that this call is not to write are read after the wait.
+What is read early must therefore have been written before that kernel. In a decoding step it has: the look-up of the
+tokens' embeddings is launched without, behind what writes lengths, slots and tables, and old keys are of earlier steps.
+Queries, new keys and values, and rows that this call is not to write are read after the wait.
 """
 
 from __future__ import annotations
