@@ -318,6 +318,12 @@ def _select_rows(program: Program, inputs: _Inputs) -> None:
     program.rebuild = tuple
 
 
+def picks_logits(program: Program) -> bool:
+    """Whether rows are picked of the logits, since what makes them is not known to go row by row."""
+    output: Any = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    return any(n.target is aten.index_select.default for n in output)
+
+
 def _order(graph: fx.Graph) -> Any:
     place = {n: i for i, n in enumerate(graph.nodes)}
     return place.__getitem__

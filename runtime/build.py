@@ -99,6 +99,8 @@ class Served:
     run: Guarded
     """Calls go through here: the executable where what was inferred of its masks holds."""
     cache_kinds: tuple[Any, ...] | None = None
+    captured: Program | None = None
+    """The program before the passes."""
     seconds: float = 0.0
     """What it took to make."""
 
@@ -202,7 +204,7 @@ class Builder:
         self._expect(entry)
         tell(self.record.model, entry)
         if self.options.dry_run:
-            return Served(tried.candidate, self._guarded(tried.candidate, program))
+            return Served(tried.candidate, self._guarded(tried.candidate, program), captured=program)
         entry.certificate = tried.certificate if self.options.verify != "off" else None
         if tried.certificate.passed:
             disagreement = certifier.disagreement()
@@ -215,6 +217,7 @@ class Builder:
             tried.candidate,
             self._guarded(tried.candidate, program, frozenset((r.rule, "*") for r in entry.reverted)),
             kinds,
+            program,
         )
 
     @staticmethod

@@ -11,16 +11,17 @@ import time
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...compiler.arange import positions_as_input
 from ...compiler.capture import capture
 from ...compiler.causal import CacheError
 from ...compiler.cross import STATES
 from ...compiler.errors import CaptureError
+from ...compiler.flatten import flattened
 from ...compiler.program import InputKind, LayerSpec, Program
 from ...kernels.paged_attention import PAGE_DTYPES
-from ...passes.cache import EXAMPLE, ROWS
+from ...passes.cache import EXAMPLE, ROWS, picks_logits
 from ..build import Builder, Unserved, evaluating
 from ..checks import adapted
 from ..dispatch import Dispatch
@@ -110,10 +111,22 @@ def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -
 
 def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
     """Raises CacheError or CaptureError where the model cannot be served so."""
+    try:
+        program = _from_forward(builder)
+        if program is not None:
+            return _compared(builder, program, last=False)
+    except (CacheError, RuntimeError) as error:
+        log.debug("%s is captured again for flat tokens: %s", builder.record.model, error)
+    return _compared(builder, _captured(builder))
+
+
+def _compared(builder: Builder, program: Program, last: bool = True) -> tuple[FlatProgram, Checked]:
+    """The program compiled, and compared with lone runs; another than the `last` must pick rows before the head."""
     weights = builder.weights
-    program = _captured(builder)
     end = _end_of(program)
     flat = _compiled(builder, program, _encoder(builder, program))
+    if not last and picks_logits(flat.program):
+        raise CacheError("all logits would be computed")
     before = [p.recipe for p in weights.packs.values()]
     weights.pack(flat.recipes)
     try:
@@ -180,14 +193,8 @@ def _captured(builder: Builder) -> Program:
         taken = {name for name in taken if name not in RENAMED} | {n for n, own in RENAMED.items() if own in taken}
     if "input_ids" not in taken:
         raise CacheError("its forward takes no input_ids")
-    count = sum(EXAMPLE)
-    positions = [i for length in EXAMPLE for i in range(length)]
-    tensors = {
-        "input_ids": torch.arange(3, 3 + count)[None],
-        "position_ids": torch.tensor([positions]),
-        ROWS: torch.arange(len(EXAMPLE)) + count - len(EXAMPLE),
-    }
-    tensors = {name: t for name, t in tensors.items() if name in taken}
+    everything = _example(builder)
+    tensors = {name: t for name, t in everything.items() if name in taken}
     forward = builder.unbound if builder.overridden else None
     if beside:
         tensors[STATES] = states_of(builder, STATES_EXAMPLE, seed=0)
@@ -200,6 +207,38 @@ def _captured(builder: Builder) -> Program:
             raise
         log.debug("%s with rows: %s", builder.record.model, error)
         program = capture(builder.module, tensors, {}, cache=False, forward=forward)
+    _check_sizes(program, tensors)
+    program.example = tensors
+    if "position_ids" not in tensors:
+        positions_as_input(program, everything["position_ids"])
+    return program
+
+
+def _from_forward(builder: Builder) -> Program | None:
+    """The same made of a forward that was captured for batches, or None where that cannot be."""
+    if is_encoder_decoder(builder.module):
+        return None
+    for served in builder.served:
+        program = flattened(served.captured, _example(builder)) if served.captured is not None else None
+        if program is not None:
+            _check_sizes(program, program.example)
+            return program
+    return None
+
+
+def _example(builder: Builder) -> dict[str, Tensor]:
+    count = sum(EXAMPLE)
+    positions = [i for length in EXAMPLE for i in range(length)]
+    tensors = {
+        "input_ids": torch.arange(3, 3 + count)[None],
+        "position_ids": torch.tensor([positions]),
+        ROWS: torch.arange(len(EXAMPLE)) + count - len(EXAMPLE),
+    }
+    return {name: t.to(builder.device) for name, t in tensors.items()}
+
+
+def _check_sizes(program: Program, tensors: dict[str, Tensor]) -> None:
+    """Raises CacheError where the code takes no flat tokens, or not any number of them."""
     violation = program.limits.violation(tensors)
     if violation is not None:
         raise CacheError(f"its code fixes sizes: {violation}")
@@ -210,7 +249,3 @@ def _captured(builder: Builder) -> Program:
         low, _ = program.limits.ranges.get(length, (1, None))
         if low > 1:
             raise CacheError(f"{name} has at least {low} tokens")
-    program.example = tensors
-    if "position_ids" not in tensors:
-        positions_as_input(program, torch.tensor([positions], device=builder.device))
-    return program
