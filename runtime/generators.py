@@ -79,7 +79,7 @@ def _huggingface(model: Any, **options: Any) -> Runner:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
-            min_new_tokens=new,
+            eos_token_id=-1,  # none ends a sequence, and nothing has to be forbidden for that
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
