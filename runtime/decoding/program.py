@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import getitem, itemgetter
 from typing import Any, Final
 
@@ -95,9 +96,6 @@ class FlatProgram:
         self.captured: Program | None = None
         """The forward over flat tokens as it was captured."""
         self._weights = weights
-        self._whole = unpicked(program)
-        self._run = direct(program.gm)
-        self._run_whole = direct(self._whole.gm) if self._whole is not program else self._run
         by_kind = {kind: [i for i in program.inputs if i.kind is kind] for kind in InputKind}
         live = by_kind[InputKind.PARAMETER] + by_kind[InputKind.BUFFER]
         self._tables, self._names = zip(*(weights.slots[i.target] for i in live), strict=True)
@@ -115,6 +113,19 @@ class FlatProgram:
         self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._seen: set[tuple[Any, ...]] = set()
         self._version = -1
+
+    @cached_property
+    def _whole(self) -> Program:
+        """Of steps that want every token's logits."""
+        return unpicked(self.program)
+
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        return direct(self.program.gm)
+
+    @cached_property
+    def _run_whole(self) -> Callable[..., Any]:
+        return self._run if self._whole is self.program else direct(self._whole.gm)
 
     @property
     def version(self) -> int:
