@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..compiler.apart import by_position
 from ..compiler.opset import Role, is_free, role_of
@@ -44,13 +45,16 @@ def tabulate(program: Program, context: Context) -> PassResult:
     started = time.perf_counter()
     graph = program.graph
     result = PassResult("tabulate", Stage.CACHE.name, nodes_before=len(graph.nodes))
-    nodes = _values(program)
     longest, model = _longest(program, context), context.settings.model
-    if nodes and longest is not None and model is not None:
+    nodes = _values(program, model) if longest is not None and model is not None else {}
+    if nodes and longest is not None:
         try:
-            piece = Slice.of(program, nodes, model)
-            wanted = piece.users_by_value == ("position_ids",) and _is_worth(piece, nodes, longest)
-            if wanted and _are_rows(piece, program, nodes, longest):
+            piece = Slice.of(program, list(nodes), model)
+            if not _is_worth(piece, nodes, longest):
+                log.debug("a table of %d positions is not worth its memory", longest)
+            elif not _are_rows(piece, program, longest):
+                log.debug("values of positions are other bits beside others, and stay computed")
+            else:
                 _look_up(program, piece, nodes, longest, context, result)
         except SliceError as error:
             log.debug("values of positions stay computed: %s", error)
@@ -71,24 +75,43 @@ def _longest(program: Program, context: Context) -> int | None:
     return wanted if end is None or wanted is None else min(wanted, end)
 
 
-def _values(program: Program) -> list[fx.Node]:
+@dataclass(frozen=True)
+class _Form:
+    """How rows lie in a value: `before` dimensions of one, positions, and `width` numbers (None: no dimension)."""
+
+    before: int
+    width: int | None
+
+
+def _values(program: Program, model: nn.Module) -> dict[fx.Node, _Form]:
     """What is computed of positions and read by others, before the views in between; `[..., T]` or `[..., T, D]`."""
-    found: dict[fx.Node, None] = {}
+    found: dict[fx.Node, _Form | None] = {}
     known = by_position(program)
-    length = next((n.meta["val"].shape[1] for n in known if n.op == "placeholder"), None)
     for node in _read_by_others(program, known):
         while role_of(node) is Role.VIEW and node.args[0] in known and node.args[0].op != "placeholder":  # type: ignore[union-attr]
             node = node.args[0]  # type: ignore[assignment]
-        value = node.meta["val"]
-        places = [d for d, size in enumerate(value.shape) if str(size) == str(length)]
-        if len(places) != 1 or places[0] < value.dim() - 2 or not (value.is_floating_point() or value.is_complex()):
-            continue
-        before, behind = value.shape[: places[0]], value.shape[places[0] + 1 :]
-        more = [size for size in before if isinstance(size, torch.SymInt) or size != 1]
-        one = len(more) <= 1 and all(isinstance(size, torch.SymInt) for size in more)  # the batch, of one
-        if one and all(isinstance(size, int) for size in behind):
-            found[node] = None
-    return list(found)
+        if node not in found:
+            value = node.meta["val"]
+            numbers = value.is_floating_point() or value.is_complex()
+            found[node] = _form_of(program, node, model) if numbers else None
+    return {node: form for node, form in found.items() if form is not None}
+
+
+def _form_of(program: Program, node: fx.Node, model: nn.Module) -> _Form | None:
+    """None unless the last dimension, or the one before it, counts positions, and those before are of size one."""
+    try:
+        piece = Slice.of(program, [node], model)
+        shapes = [list(_run(piece, program, range(n))[0].shape) for n in (_FEW, _FEW + 4)]
+    except SliceError as error:
+        log.debug("%s stays computed: %s", node.name, error)
+        return None
+    places = [d for d, (few, more) in enumerate(zip(*shapes, strict=True)) if few != more]
+    shape = shapes[0]
+    if piece.users_by_value != ("position_ids",) or len(places) != 1 or places[0] < len(shape) - 2:
+        return None
+    if shape[places[0]] != _FEW or any(size != 1 for size in shape[: places[0]]):
+        return None
+    return _Form(places[0], shape[-1] if places[0] < len(shape) - 1 else None)
 
 
 def _read_by_others(program: Program, known: Sequence[fx.Node]) -> Iterator[fx.Node]:
@@ -98,31 +121,26 @@ def _read_by_others(program: Program, known: Sequence[fx.Node]) -> Iterator[fx.N
             yield node
 
 
-def _is_worth(piece: Slice, nodes: Sequence[fx.Node], longest: int) -> bool:
+def _is_worth(piece: Slice, nodes: Mapping[fx.Node, _Form], longest: int) -> bool:
     """Whether fewer kernels run, for tables that are small."""
     computed = [n for n in piece.module.graph.nodes if n.op == "call_function" and not is_free(n)]
-    row = sum(_width(n) * n.meta["val"].element_size() for n in nodes)
+    row = sum((form.width or 1) * n.meta["val"].element_size() for n, form in nodes.items())
     return len(computed) > len({n.meta["val"].dtype for n in nodes}) and longest * row <= LARGEST_TABLE
 
 
-def _width(node: fx.Node) -> int:
-    last = node.meta["val"].shape[-1]
-    return last if isinstance(last, int) else 1
+def _run(piece: Slice, program: Program, positions: Sequence[int]) -> tuple[Tensor, ...]:
+    device = next((t.device for t in program.example.values()), torch.device("cpu"))
+    return piece(dict.fromkeys(piece.users, torch.tensor([list(positions)], device=device)))
 
 
 def _rows(piece: Slice, program: Program, positions: Sequence[int]) -> list[Tensor]:
     """Of each value its rows, `[T, width]`."""
-    device = next((t.device for t in program.example.values()), torch.device("cpu"))
-    given = torch.tensor([list(positions)], device=device)
-    found = piece(dict.fromkeys(piece.users, given))
-    return [value.reshape(len(positions), -1) for value in found]
+    return [value.reshape(len(positions), -1) for value in _run(piece, program, positions)]
 
 
-def _are_rows(piece: Slice, program: Program, nodes: Sequence[fx.Node], longest: int) -> bool:
+def _are_rows(piece: Slice, program: Program, longest: int) -> bool:
     """Whether the value of a position is the same bits in whatever company it is computed."""
     every = _rows(piece, program, range(longest))
-    if any(table.shape != (longest, _width(node)) for table, node in zip(every, nodes, strict=True)):
-        return False
     some = torch.randint(longest, (_FEW,), generator=torch.Generator().manual_seed(0)).tolist()
     trials = ([0], [longest - 1], [longest // 2], [*range(min(_FEW, longest)), longest - 1], some)
     return all(
@@ -133,23 +151,23 @@ def _are_rows(piece: Slice, program: Program, nodes: Sequence[fx.Node], longest:
 
 
 def _look_up(
-    program: Program, piece: Slice, nodes: Sequence[fx.Node], longest: int, context: Context, result: PassResult
+    program: Program, piece: Slice, nodes: Mapping[fx.Node, _Form], longest: int, context: Context, result: PassResult
 ) -> None:
     graph = program.graph
     positions = next(n for n, made in program.placeholder_inputs().items() if made.target == "position_ids")
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for dtype in dict.fromkeys(n.meta["val"].dtype for n in nodes):
         members = [n for n in nodes if n.meta["val"].dtype == dtype]
-        recipe = _recipe(piece, [nodes.index(n) for n in members], longest, context.settings.device)
-        ends = list(accumulate(map(_width, members)))
+        recipe = _recipe(piece, [list(nodes).index(n) for n in members], longest, context.settings.device)
+        ends = list(accumulate(nodes[n].width or 1 for n in members))
         with positions.meta["val"].fake_mode, graph.inserting_before(first):
             node = graph.placeholder(f"table_of_positions_{len(program.inputs)}")
             empty = torch.empty(longest, ends[-1], dtype=dtype, device=context.settings.device)
             node.meta = {"val": empty, "weight": True}
             rows = _call(graph, members[0], aten.embedding.default, node, positions)
             for member, end in zip(members, ends, strict=True):
-                part = _call(graph, member, aten.slice.Tensor, rows, -1, end - _width(member), end)
-                member.replace_all_uses_with(_in_shape(graph, part, member))
+                part = _call(graph, member, aten.slice.Tensor, rows, -1, end - (nodes[member].width or 1), end)
+                member.replace_all_uses_with(_in_shape(graph, part, member, nodes[member]))
         program.inputs.append(Input(node.name, InputKind.PACKED, f"model.{node.name}", recipe=recipe))
         label = f"{len(members)} values of positions -> a table of {longest} rows"
         names = tuple(m.name for m in members)
@@ -160,20 +178,14 @@ def _look_up(
     program.tabulated = longest
 
 
-def _in_shape(graph: fx.Graph, part: fx.Node, member: fx.Node) -> fx.Node:
-    """`[1, T, D]` as the views that the node's dimensions are."""
-    shape = list(member.meta["val"].shape)
-    if isinstance(shape[-1], int):
-        shape.pop()
-    else:
+def _in_shape(graph: fx.Graph, part: fx.Node, member: fx.Node, form: _Form) -> fx.Node:
+    """`[1, T, D]` with the node's dimensions: others of size one before T, or none; D left out where it has none."""
+    if form.width is None:
         part = _call(graph, member, aten.select.int, part, -1, 0)
-    before = shape[:-1]
-    batch = next((d for d, size in enumerate(before) if isinstance(size, torch.SymInt)), None)
-    if batch is None:
-        part = _call(graph, member, aten.select.int, part, 0, 0)
-    for d in range(len(before)):
-        if d != batch:
-            part = _call(graph, member, aten.unsqueeze.default, part, d)
+    if form.before == 0:
+        return _call(graph, member, aten.select.int, part, 0, 0)
+    for d in range(1, form.before):
+        part = _call(graph, member, aten.unsqueeze.default, part, d)
     return part
 
 

@@ -73,13 +73,15 @@ def prepared(choice: str, model: Any, length: int) -> Iterator[Runner]:
 
 
 def _huggingface(model: Any, **options: Any) -> Runner:
+    end = int(model.get_input_embeddings().weight.shape[0])  # no token: none ends a sequence, none has to be forbidden
+
     def generate(ids: torch.Tensor, new: int, streamer: BaseStreamer | None = None) -> torch.Tensor:
         more = {} if streamer is None else {"streamer": streamer}
         out: torch.Tensor = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
-            eos_token_id=-1,  # none ends a sequence, and nothing has to be forbidden for that
+            eos_token_id=end,
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
