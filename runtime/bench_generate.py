@@ -1,10 +1,10 @@
 """`regraft bench generate`: what a user of `generate` waits for, ours beside HuggingFace's and vLLM's.
 
-For each (batch, prompt, new): the time to the first token is that of a call for one token; a step is what the further
-tokens of a longer call take, each. Every call has prompts that were never seen before, the same for each candidate: an
-engine that knows a prompt has its keys and values in pages already. Tokens are compared with eager's first: where they
-differ, the two tokens must be so close in the model's logits one precision up that the eager model's own error could
-have chosen either.
+For each (batch, prompt, new): the time to the first token is that of a call for one token; a step is what each token of
+the second half of a longer call takes, when no prompt is computed beside it. Every call has prompts that were never seen
+before, the same for each candidate: an engine that knows a prompt has its keys and values in pages already. Tokens are
+compared with eager's first: where they differ, the two tokens must be so close in the model's logits one precision up
+that the eager model's own error could have chosen either.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GenerateResult:
     ttft_ms: float = 0.0
     """A call for one token."""
     step_ms: float = 0.0
-    """(a call for `new` tokens - a call for one) / (new - 1)."""
+    """(a call for `new` tokens - a call for half of them) / those in between: the prompts are gone by then."""
     itl_ms: dict[str, float] = field(default_factory=dict)
     """Between two tokens as a streamer sees them: median, p95, p99. Empty where the candidate takes no streamer."""
     tokens_per_s: float = 0.0
@@ -170,6 +170,8 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first = [_timed(run.generate, next(unseen), 1) for _ in range(max(rounds, 3))]
+    half = max(1, row.new // 2)
+    shorter = first if half == 1 else [_timed(run.generate, next(unseen), half) for _ in range(rounds)]
     whole = [_timed(run.generate, next(unseen), row.new) for _ in range(rounds)]
     peak = torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0
     ttft, total = statistics.median(first), statistics.median(whole)
@@ -177,7 +179,7 @@ def _measured(
     return replace(
         result,
         ttft_ms=ttft,
-        step_ms=(total - ttft) / max(1, row.new - 1),
+        step_ms=max(0.0, total - statistics.median(shorter)) / max(1, row.new - half),
         itl_ms=_intervals(run, next(unseen), row.new),
         tokens_per_s=1e3 * row.batch * row.new / total,
         peak_gb=peak,

@@ -19,7 +19,7 @@ from regraft.runtime.cli import main
 from regraft.runtime.decoding.tables import PageTables
 from regraft.runtime.generators import kv_bytes
 
-ROW = GenerateRow(2, 5, 6)
+ROW = GenerateRow(2, 5, 48)
 
 
 def test_all_numbers_of_a_row() -> None:
@@ -66,7 +66,7 @@ def test_every_call_has_prompts_never_seen_before(monkeypatch: pytest.MonkeyPatc
     row = GenerateRow(2, 40, 4)
     bench_generate(tiny_llama(), [row], ["eager", "regraft"], rounds=2)
     eager, ours = seen["eager"], seen["regraft"]
-    assert len(ours) == len(eager) == 1 + module.WARM + 3 + 2 + 1
+    assert len(ours) == len(eager) == 1 + module.WARM + 3 + 2 + 2 + 1
     assert all(torch.equal(a, b) for a, b in zip(eager, ours))
     lines = torch.cat(ours)
     assert len(lines[:, :16].unique(dim=0)) == len(lines), "not even a first page is known"
@@ -152,7 +152,7 @@ def test_a_slower_run_fails_against_its_baseline(tmp_path: Path, capsys: pytest.
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**tiny_llama().config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     file = tmp_path / "out.json"
-    command = ["bench", "generate", "--model", str(config), "--prompt", "4", "--new", "4", "--rounds", "1"]
+    command = ["bench", "generate", "--model", str(config), "--prompt", "4", "--new", "64", "--rounds", "1"]
     command += ["--candidates", "regraft", "--device", "cpu"]
     assert main([*command, "--json", str(file)]) == 0
     plain = json.loads(file.read_text())
