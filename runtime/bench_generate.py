@@ -1,10 +1,10 @@
 """`regraft bench generate`: what a user of `generate` waits for, ours beside HuggingFace's and vLLM's.
 
 For each (batch, prompt, new): the time to the first token is that of a call for one token; a step is what each token of
-the second half of a longer call takes, when no prompt is computed beside it. Every call has prompts that were never seen
-before, the same for each candidate: an engine that knows a prompt has its keys and values in pages already. Tokens are
-compared with eager's first: where they differ, the two tokens must be so close in the model's logits one precision up
-that the eager model's own error could have chosen either.
+the second half of a longer call takes, when no prompt is computed beside it. Every call has prompts that were never
+seen before, the same for each candidate: an engine that knows a prompt has its keys and values in pages already. Tokens
+are compared with eager's first: where they differ, the two tokens must be so close in the model's logits one precision
+up that the eager model's own error could have chosen either.
 """
 
 from __future__ import annotations
