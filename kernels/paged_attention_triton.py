@@ -27,7 +27,7 @@ from .launch import (
 from .op import Kernel, Signature
 from .overlap import overlaps
 from .paged_attention_kernel import combine_kernel, paged_kernel, write_kernel
-from .paged_decode_triton import MAX_ROWS, attend, splits_of
+from .paged_decode_triton import MAX_ROWS, MAX_SPLITS, attend, splits_of
 from .paged_decode_triton import plan as decode_plan
 from .tuning import MANY, choose, refuse_memory
 
@@ -170,7 +170,7 @@ def paged_attention(
                 BLOCK_DV=shape["BLOCK_DV"],
                 BLOCK_M=config["BLOCK_M"],
                 BLOCK_N=config["BLOCK_N"],
-                BLOCK_S=triton.next_power_of_2(splits),
+                BLOCK_S=8 if splits <= 8 else MAX_SPLITS,  # not one for each power of two: prompts come in all lengths
                 num_warps=4,
                 **same,
             )
