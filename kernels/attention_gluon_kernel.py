@@ -39,6 +39,7 @@ from .attention_gluon_parts import (
     softmax,
     span,
 )
+from .gluon_barrier import thread_barrier
 
 
 @gluon.jit
@@ -215,7 +216,7 @@ def _consume(
             if DV2 > 0:
                 clear(v_bufs2.index(stage), K - (stop - 1) * N)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
         if PINGPONG:
             mbarrier.wait(turn.index(PART), count & 1)
         scores = scores_of(q, q2, k_bufs.index(stage), k_bufs2.index(stage), none, D2)
@@ -307,7 +308,7 @@ def _consume(
             acc2 = acc2 * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT2))[:, None]
             q2._reinterpret(DTYPE, [M, DV2], v_bufs2.layout).store(acc2.to(DTYPE))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         if VARLEN and row + M > Q:  # some rows belong to the next sequence
             rows = (q_first + row, q_first + Q)
             _store(o_ptr, acc.to(DTYPE), rows, head, order[0], 0, WIDTH)

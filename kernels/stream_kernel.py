@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation_triton import activate
+from .gluon_barrier import thread_barrier
 
 
 @gluon.jit
@@ -84,7 +85,7 @@ def stream_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    gl.thread_barrier()
+    thread_barrier()
     place = gl.program_id(0)
     programs = gl.num_programs(0)
     first = place * steps // programs
@@ -122,7 +123,7 @@ def stream_kernel(
                 acc, up = warpgroup_mma_wait(2, deps=[acc, up])
             else:
                 acc = warpgroup_mma_wait(1, deps=[acc])
-            gl.thread_barrier()  # all warps have read the stage of the step before
+            thread_barrier()  # all warps have read the stage of the step before
             bar = full.index(behind)
             ahead = step + STAGES - 1
             wanted = ahead < last
@@ -152,7 +153,7 @@ def stream_kernel(
                 gl.store(left + SIZE, up, mask=used)
             one = ((begin + 1) * programs - 1) // steps  # the programs that share the tile, from one to another
             other = ((begin + depth) * programs - 1) // steps
-            gl.thread_barrier()
+            thread_barrier()
             if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == other - one:  # the last of them adds up
                 gl.store(count_ptr + tile, 0)
                 FLAT: gl.constexpr = _flat(ROWS, gl.num_warps())

@@ -28,6 +28,7 @@ from regraft.kernels import (
     paged_attention_triton,
     paged_decode_triton,
     rms_norm_triton,
+    stream_gluon,
     tuning,
 )
 
@@ -61,7 +62,8 @@ def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None])
         pages = torch.empty(9, 16, 2, width, dtype=stored)
         scales = None if stored == half else torch.empty(9, 16, 2)
         ends, lengths = (torch.empty(n, dtype=torch.int32) for n in (3, 2))
-        given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), ends, lengths, ends[None], queries)
+        table = torch.empty(2, 200 if queries == 1 else 3, dtype=torch.int32)  # keys in several parts, or in one
+        given = (q, k, k, pages, pages, torch.empty(2 * queries, dtype=torch.int64), ends, lengths, table, queries)
         paged_attention_triton.paged_attention(*given, k_scale=scales, v_scale=scales)
         of = width, width, 2, stored.itemsize, 4 * queries
         few = queries == 1
@@ -76,7 +78,7 @@ def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None])
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
-    attention_triton._multiprocessors = paged_decode_triton._multiprocessors = lambda device: 1  # one part of keys
+    attention_triton._multiprocessors = paged_decode_triton._multiprocessors = lambda device: 8
     overlap.compute_capability = lambda device: divmod(capability, 10)
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
@@ -86,6 +88,16 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_only
     rows: list[dict[str, Any]] = []
+
+    def streamed(half: torch.dtype) -> None:
+        """The products whose ring takes nearly all the shared memory there is."""
+        stream_gluon._multiprocessors = lambda device: 132
+        x, weight = torch.empty(8, 4096, dtype=half), torch.empty(4096, 4096, dtype=half)
+        for run in (stream_gluon.linear_act, stream_gluon.gate_up):
+            run(x, weight, None, "silu")
+            kernel, _ = launched.pop()
+            row = {"case": f"stream {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
+            rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
 
     def record(case: str, estimate: tuning.SharedMemory) -> None:
         kernel, kwargs = launched.pop()
@@ -115,6 +127,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         )
         record(f"attention {width}/{value_width} {dtype} {list(named)}", plan[1])
     paged(half, record)
+    if capability == 90:
+        streamed(half)
     for m, k, dtype in [
         (1, 1024, half),
         (64, 1024, half),

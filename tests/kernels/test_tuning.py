@@ -157,5 +157,6 @@ def test_the_estimate_bounds_what_the_compiler_uses(capability: int, limit: int)
     assert not {case for case in wgmma if "40/17" in case or " 77 " in case}  # see `rows_aligned`
     assert bool(wgmma) == (capability == 90)
     paged = {f"paged_attention {case} torch.bfloat16" for case in ("24 300", "128 300", "128 300 biased")}
+    assert {"stream linear_act", "stream gate_up"} <= wgmma or capability != 90
     assert {case for case in wgmma if case.startswith("paged")} == (paged if capability == 90 else set())
     assert all(row["copies"] for row in rows if row["case"] in wgmma & paged)
