@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention_triton import AttentionMemory, _multiprocessors
 from .config import Config
+from .counters import counters
 from .launch import empty, launch, library
 from .paged_decode_kernel import decode_kernel
 from .tuning import choose
@@ -56,25 +57,6 @@ def splits_of(programs: int, keys: int, least: int, device: torch.device, reside
     return max(1, min(wanted, keys // least, MAX_SPLITS))
 
 
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def counters(pages: Tensor, count: int) -> Tensor:
-    """`count` zeros, int32, which the kernel leaves as zeros: the same ones for all calls on one cache.
-
-    Such calls run one after the other, since they write pages. Memory stays for good: captured graphs know it.
-    """
-    if not pages.is_cuda:
-        return torch.zeros(count, dtype=torch.int32)
-    key = (pages.device, pages.untyped_storage().data_ptr(), count)
-    found = _counters.get(key)
-    if found is None:
-        found = torch.zeros(count, dtype=torch.int32, device=pages.device)
-        if not torch.cuda.is_current_stream_capturing():  # else the graph zeroes it, and owns it
-            _counters[key] = found
-    return found
-
-
 def attend(
     o: Tensor,
     q: Tensor,
@@ -117,7 +99,7 @@ def attend(
     if splits > 1:
         part = empty((tokens, heads, splits, dv), torch.float32, q.device)
         state = empty((2, tokens, heads, splits), torch.float32, q.device)
-        ready = library(counters, k_pages, programs)
+        ready = library(counters, programs, q.device)
     largest = 0.0
     if k_scale is not None:
         largest = 127.0 if k_pages.dtype == torch.int8 else 448.0
@@ -159,7 +141,7 @@ def attend(
         SPLIT=splits > 1,
         ALIGN=align,
         PAGE_ALIGN=page_align,
-        WIDE=any(t.numel() // page_align >= 2**31 for t in (k_pages, v_pages)),
+        WIDE=any(t.shape[0] * t.stride(0) // page_align >= 2**31 for t in (k_pages, v_pages)),
         PAGE=page,
         D=d,
         DV=dv,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_checks import as_tuple, assert_close, layout, oracle
@@ -130,10 +132,46 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Hopper" in (reason(spec(8, 64), spec(32, 64)) or "")
 
 
-def test_counters_are_shared_by_a_stream_alone() -> None:
-    pool = counters._Pool(torch.zeros(8, dtype=torch.int32))
+def zeros_on_host(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Counters lie on the host; returns what is kept for good."""
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(counters, "_kept", kept)
+    monkeypatch.setattr(counters, "_zeros", lambda count, device: torch.zeros(count, dtype=torch.int32))
+    return kept
+
+
+def test_counters_of_captured_launches_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = zeros_on_host(monkeypatch)
+    pool = counters._Pool(torch.device("cpu"))
+    pool.extend(64)
+    pool.rest = pool.rest[:64]
     first, second = pool.take(5, True), pool.take(3, False)
-    assert first.data_ptr() + 5 * 4 == second.data_ptr()
-    kept = len(counters._kept)
-    assert len(pool.take(1, True)) == 1  # none are left: memory of the graph, which is kept
-    assert len(counters._kept) == kept + 1
+    assert first.data_ptr() + 32 * 4 == second.data_ptr()  # a plan for aligned addresses serves both
+    assert pool.take(1, True) is kept[-1] and len(kept) == 2  # none are left: memory of the graph
+    pool.take(4, False)  # others instead; the first ones, whose addresses a graph has, stay
+    assert first.data_ptr() in [t.data_ptr() for t in kept]
+
+
+def test_counters_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own, which grow; there are always many for a capture, which cannot clear any beforehand."""
+    kept = zeros_on_host(monkeypatch)
+    monkeypatch.setattr(counters, "_pools", {})
+    current, capturing, device = [1], [False], torch.device("cuda", 0)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(device_index=0, cuda_stream=current[0])
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    first = counters.counters(7, device)
+    assert counters.counters(5, device) is first
+    current[0] = 2
+    assert counters.counters(7, device).data_ptr() != first.data_ptr()
+    for _ in range(4):  # graphs, each of what ran before, take more than were there at first
+        capturing[0] = False
+        counters.counters(7, device)
+        capturing[0] = True
+        taken = [counters.counters(counters.AHEAD // 4, device) for _ in range(4)]
+        assert len({t.data_ptr() for t in taken}) == 4
+    assert [len(t) for t in kept] == [counters.SIZE] * 2
+    capturing[0] = False
+    assert len(counters.counters(counters.SIZE + 1, device)) > counters.SIZE
+    assert counters.counters(3, torch.device("cpu")).tolist() == [0, 0, 0]
