@@ -29,11 +29,20 @@ class Hooks:
     def foreign(self) -> str | None:
         """The name of a submodule with a hook, or None."""
         for table in EVERYWHERE:
-            if any(getattr(hook, "__module__", None) not in HARMLESS for hook in table.values()):
+            if _any_foreign(table):
                 return "every module"
         if not any(self._tables):
             return None
         for name, table in zip(self._names, self._tables, strict=True):
-            if any(getattr(hook, "__module__", None) not in HARMLESS for hook in table.values()):
+            if _any_foreign(table):
                 return name
         return None
+
+
+def on_itself(module: nn.Module) -> bool:
+    """Whether a hook runs around the module's own `forward`, for who computes without calling it."""
+    return any(_any_foreign(getattr(module, kind)) for kind in KINDS)
+
+
+def _any_foreign(table: Mapping[int, Any]) -> bool:
+    return any(getattr(hook, "__module__", None) not in HARMLESS for hook in table.values())

@@ -11,6 +11,7 @@ lead on from there:
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Ge
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..errors import RegraftWarning
+from ..hooks import on_itself
 from .beside import OUTPUTS, Keeps, decoder_arguments, refused_states, states_of
 from .paged_cache import PagedCache, Session, close_all, prompts
 from .processors import Untranslated, translate
@@ -192,7 +194,7 @@ class PrepareCache:
             if engine is not None:
 
                 def opened(ids: list[list[int]], padded: int, states: list[Tensor] | None) -> Session:
-                    session = engine.session(ids, max_cache_length + 1 - padded, states)
+                    session = engine.session(ids, math.ceil(max_cache_length) + 1 - padded, states)
                     call.sessions.append((held, session))
                     return session
 
@@ -282,13 +284,17 @@ class Generate:
         decoding = self.decoding
         if type(decoding.model).generate is not GenerationMixin.generate or decoding.dispatch.unservable() is not None:
             return None
+        if on_itself(decoding.model):
+            return None
         engine = decoding.engine() if of_its_own(decoding.model, recipe.mode) is None else ""
         if isinstance(engine, str) or engine.encoder is not None:
             return None
         length = known.input_ids.shape[1] + recipe.max_new_tokens
+        if too_long(engine, {"attention_mask": known.mask}, length) is not None:
+            return None
         with torch.no_grad():
             requests = requests_of(recipe, known)
-            if requests is None or too_long(engine, {"attention_mask": known.mask}, length) is not None:
+            if requests is None:
                 return None
             with decoding.turn:
                 outputs = engine.run(requests)
@@ -341,6 +347,8 @@ def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, pr
         config, engine = prepared["generation_config"], decoding.engine()
         assert not isinstance(engine, str), "a paged cache was handed out, so there is an engine"
         try:
+            if on_itself(decoding.model):
+                raise Untranslated(HOOKED)
             requests = _requests(input_ids, streamer, prepared)
         except Untranslated as reason:
             many = too_many(engine, prepared)
@@ -360,6 +368,7 @@ def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, pr
 
 FAST = "the fast loop"
 WITHIN = "a call from within another, as of a processor"
+HOOKED = "a hook on the model itself"
 SCORES = "scores or logits of each step"
 STREAMED_BATCH = "a streamer for more than one sequence"
 QUIET = (SCORES, STREAMED_BATCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.utils import logging
 
 from ..errors import InputError
-from .generate import Decoding, Serves
+from ..hooks import on_itself
+from .generate import HOOKED, Decoding, Serves
 from .processors import Untranslated, translate
 from .requests import Request
 from .served import TOKEN_BY_TOKEN
@@ -94,6 +96,8 @@ class GenerateBatch:
         reason = self.decoding.dispatch.unservable()
         if reason is not None:
             return reason
+        if on_itself(self.decoding.model):
+            return HOOKED
         if getattr(config, "return_logprobs", False):
             return "return_logprobs"
         if config is not None:
@@ -143,7 +147,8 @@ class GenerateBatch:
     def _settings(self, config: GenerationConfig, length: int) -> tuple[Any, int]:
         """Sampling and the number of new tokens of a prompt of this length."""
         config = copy.deepcopy(config)
-        new = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - length
+        most = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - length
+        new = math.ceil(most)
         if new < 1:
             raise InputError(f"a prompt of {length} tokens with max_length={config.max_length} has no room for another")
         config.max_length = length + new

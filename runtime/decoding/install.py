@@ -8,11 +8,10 @@ from transformers import GenerationMixin
 
 from .generate import Decoding, Generate, Make, PrepareCache
 from .generate_batch import GenerateBatch
+from .shortcut import OURS
 
 if TYPE_CHECKING:
     from ..dispatch import Dispatch
-
-NAMES = ("generate", "generate_batch", "_prepare_cache_for_generation")
 
 
 def install(model: Any, dispatch: Dispatch, make: Make) -> None:
@@ -23,7 +22,7 @@ def install(model: Any, dispatch: Dispatch, make: Make) -> None:
     """
     if not issubclass(type(model), GenerationMixin) or not model.can_generate():
         return
-    if any(name in model.__dict__ for name in NAMES):
+    if any(name in model.__dict__ for name in OURS):
         return
     decoding = Decoding(dispatch, make)
     model.__dict__["generate"] = Generate(decoding)
@@ -37,5 +36,5 @@ def remove(model: Any) -> None:
     generate = model.__dict__.get("generate")
     if isinstance(generate, Generate):
         generate.decoding.release()
-        for name in NAMES:
+        for name in OURS:
             model.__dict__.pop(name, None)

@@ -148,7 +148,7 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
 
 def is_left_padding(attention_mask: Tensor) -> bool:
     """Whether the mask is 2D, 0 on the left, 1 from some place on, and keeps a token of each row."""
-    if attention_mask.dim() != 2:
+    if attention_mask.dim() != 2 or attention_mask.numel() == 0:
         return False
     mask = attention_mask.long()
     rises = (mask[:, 1:] >= mask[:, :-1]).all() & (mask[:, -1] == 1).all() & (mask.min() >= 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,8 @@ def stops(criteria: Any) -> tuple[int, frozenset[int]]:
     length, tokens = None, frozenset[int]()
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
-            length = criterion.max_length if length is None else min(length, criterion.max_length)
+            most = math.ceil(criterion.max_length)  # a float where max_new_tokens is one
+            length = most if length is None else min(length, most)
         elif type(criterion) is EosTokenCriteria:
             tokens |= frozenset(int(t) for t in criterion.eos_token_id.flatten().tolist())
         else:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import device_of
+from ..dispatch import Dispatch
 from .beside import Keeps
 from .engine import Engine
 from .flat import FlatProgram, Unserved, flat_program
@@ -74,6 +75,8 @@ def make_engine(model: Any, before: Serves | str | None) -> Serves | str:
     Where making one fails in a way that nobody foresaw, the model generates as it did, and the failure is said;
     under `strict` and `on_error="raise"` it is raised.
     """
+    if not isinstance(model.__dict__.get("forward"), Dispatch):
+        return "another forward, set after optimize"
     if isinstance(before, Broken):
         return before
     try:

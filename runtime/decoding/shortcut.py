@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
 from .paged_cache import is_left_padding, prompts
@@ -22,6 +22,9 @@ from .requests import Request
 
 MAX_RECIPES: Final = 64
 """Kept for one model; all are dropped when there are more."""
+OURS: Final = frozenset(["generate", "generate_batch", "_prepare_cache_for_generation"])
+"""What `optimize` sets on a model."""
+_PREPARES: Final = frozenset(dir(GenerationMixin)) - OURS
 _PLAIN: Final = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -58,7 +61,12 @@ class Asked:
 
 
 def asked(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Asked | None:
-    """The arguments taken apart, or None where something among them is more than prompts and plain values."""
+    """The arguments taken apart, or None where something among them is more than prompts and plain values.
+
+    None too where the model prepares calls by something that was set on it instead of by its class.
+    """
+    if not _PREPARES.isdisjoint(vars(model)):
+        return None
     rest = dict(kwargs)
     given = [*args, *(rest.pop(name) for name in ("inputs", "input_ids") if rest.get(name) is not None)]
     mask, config = rest.pop("attention_mask", None), rest.pop("generation_config", None)
@@ -116,7 +124,7 @@ def recipe_of(
     told = fill if fill is not None and fill not in _ids(config._eos_token_tensor) else None
     return Recipe(
         replace(params, seed=0, padding=(), min_length=0),
-        new,
+        int(new),
         least if params.min_length else 0,
         stop_tokens,
         told,

@@ -235,6 +235,52 @@ def test_an_assistant_model(pair: Pair) -> None:
         pair.check(HUGGINGFACE, input_ids=IDS[1:2], max_new_tokens=5, assistant_model=pair.plain)
 
 
+def test_prompts_without_tokens_are_huggingfaces(pair: Pair) -> None:
+    """Whose error is not a good one, but that of `generate`."""
+    for shape in ((1, 0), (0, 4)):
+        empty = torch.zeros(shape, dtype=torch.int64)
+        with pytest.raises(RuntimeError) as expected:
+            pair.plain.generate(empty, max_new_tokens=2)
+        with warnings.catch_warnings(), pytest.raises(RuntimeError) as actual:
+            warnings.simplefilter("ignore", RegraftWarning)
+            pair.model.generate(empty, max_new_tokens=2)
+        assert str(actual.value) == str(expected.value)
+
+
+def negated(module: Any, arguments: Any, output: Any) -> Any:
+    output.logits = -output.logits
+    return output
+
+
+def test_hooks_on_the_model_itself_run() -> None:
+    """After an earlier call too, whose settings are known."""
+    pair = Pair("llama")
+    before, _ = pair.check(FAST, **PROMPT, max_new_tokens=4)
+    hooks = [model.register_forward_hook(negated) for model in (pair.plain, pair.model)]
+    with pytest.warns(RegraftWarning, match="a hook on the model itself runs outside of the graph"):
+        after, _ = pair.check(PAGES, **PROMPT, max_new_tokens=4)
+    assert not torch.equal(before, after)
+    for hook in hooks:
+        hook.remove()
+    pair.check(FAST, **PROMPT, max_new_tokens=4)
+
+
+def test_a_forward_that_replaced_ours() -> None:
+    plain, _ = zoo.build("llama", layers=1)
+    model = regraft.optimize(copy.deepcopy(plain), verify="off", verbose=False)
+    ours = model.forward
+    for each in (plain, model):
+        forward = each.forward
+        each.forward = lambda *args, forward=forward, **kwargs: negated(None, None, forward(*args, **kwargs))
+    with pytest.warns(RegraftWarning, match="another forward, set after optimize: served by HuggingFace's loop"):
+        actual = model.generate(**PROMPT, max_new_tokens=4)
+    assert torch.equal(actual, plain.generate(**PROMPT, max_new_tokens=4))
+    model.forward = ours
+    del plain.forward
+    assert torch.equal(model.generate(**PROMPT, max_new_tokens=4), plain.generate(**PROMPT, max_new_tokens=4))
+    assert model.report.record.generated == {HUGGINGFACE: 1, FAST: 1}
+
+
 def test_training_mode_is_not_served(pair: Pair) -> None:
     pair.model.train()
     try:

@@ -61,6 +61,19 @@ def test_every_prompt_as_if_alone(models: tuple[Any, Any], settings: dict[str, A
         assert result.timestamps is None
 
 
+@pytest.mark.parametrize("most", [4.0, 4.5])
+def test_lengths_that_are_floats(models: tuple[Any, Any], most: float) -> None:
+    """As HuggingFace takes them: the first length that is no smaller."""
+    plain, model = models
+    (prompt, *_) = prompts()
+    expected = alone(plain, prompt, max_new_tokens=most)
+    for _ in range(2):
+        assert alone(model, prompt, max_new_tokens=most) == expected
+    scores = {"return_dict_in_generate": True, "output_scores": True}  # over pages
+    assert len(model.generate(torch.tensor([prompt]), max_new_tokens=most, **scores).scores) == len(expected)
+    assert model.generate_batch([prompt], max_new_tokens=most)["req_0"].generated_tokens == expected
+
+
 def test_arguments_of_their_own(models: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Timestamps, progress, `max_new_tokens` beside a config, returned sequences, seeds."""
     _, model = models
@@ -113,7 +126,11 @@ def test_what_the_engine_cannot_do_is_named_and_huggingfaces(
     with warnings.catch_warnings():
         warnings.simplefilter("error", RegraftWarning)
         model.generate_batch([[5, 6]], config)
-    assert len(calls) == 3
+    hook = model.register_forward_hook(lambda module, arguments, output: None)
+    with pytest.warns(RegraftWarning, match="a hook on the model itself"):
+        model.generate_batch([[5, 6]], max_new_tokens=3)
+    hook.remove()
+    assert len(calls) == 4
 
 
 def test_generate_with_a_paged_cache_comes_here(models: tuple[Any, Any]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from generate_pair import FAST, IDS, MASK, Pair
 from transformers import GenerationConfig, GenerationMixin
+
+from regraft.runtime.errors import RegraftWarning
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,36 @@ def test_settings_that_count_from_elsewhere_are_prepared_each_time(
         prepared.clear()
         both(pair, input_ids=IDS[:, columns], attention_mask=MASK[:, columns], pad_token_id=0, **settings)
         assert len(prepared) == 2
+
+
+def test_what_is_set_on_the_model_later_prepares_calls(pair: Pair) -> None:
+    arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "pad_token_id": 0}
+    both(pair, **arguments)
+
+    def shortened(config: GenerationConfig | None, **given: Any) -> Any:
+        made, rest = GenerationMixin._prepare_generation_config(pair.model, config, **given)
+        made.max_new_tokens = 2
+        return made, rest
+
+    pair.model._prepare_generation_config = shortened
+    try:
+        assert pair.model.generate(**arguments).shape[1] == IDS.shape[1] + 2
+    finally:
+        del pair.model._prepare_generation_config
+    both(pair, **arguments)
+
+
+def test_a_sample_that_no_page_can_hold_is_that_of_the_seed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
+    pair.model.generate(IDS[:, 2:], attention_mask=MASK[:, 2:], **arguments)
+    monkeypatch.setattr(pair.engine, "longest", 10)
+    results = []
+    for model in (pair.plain, pair.model):
+        torch.manual_seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RegraftWarning)
+            results.append(model.generate(IDS, attention_mask=MASK, **arguments))
+    assert torch.equal(*results)
 
 
 def test_calls_are_counted(pair: Pair) -> None:
