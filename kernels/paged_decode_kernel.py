@@ -8,11 +8,12 @@
   program that is ready last puts them together: a counter tells it, which it sets back to zero.
 * The part that ends a sequence takes the new keys and values from where they were computed and writes their pages.
 
-Lengths, tables and old keys and values are read before the wait for the preceding kernels, and so behind them. That is
+Lengths, slots, tables, slopes, and old keys and values are read before the wait for the preceding kernels. That is
 right because kernels that let the next one start early wait themselves before they end: one that runs while an earlier
 one has not ended was launched behind the last kernel without `launch_pdl`, which began when all before it had ended.
 What is read early must therefore have been written before that kernel. In a decoding step it has: the look-up of the
-tokens' embeddings is launched without, behind what writes lengths, slots and tables, and old keys are of earlier steps.
+tokens' embeddings is launched without, behind what writes lengths, slots and tables (`compiler/looked_up.py` makes sure
+that there is one), slopes are constants, and old keys are of earlier steps.
 Queries, new keys and values, and rows that this call is not to write are read after the wait.
 """
 

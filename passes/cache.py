@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from ..compiler.apart import apart_until
 from ..compiler.causal import CacheError, Causal, Reach
 from ..compiler.cross import STATES, check_all_visible, forget_input, is_cross
+from ..compiler.looked_up import check_looked_up
 from ..compiler.opset import OPS, RESHAPES, arguments
 from ..compiler.pipeline import Context
 from ..compiler.positions import positions_allowed
@@ -60,6 +61,8 @@ def cache(program: Program, context: Context) -> PassResult:
     crossing = [n for n in nodes if is_cross(program, n)]
     for node in crossing:
         check_all_visible(program, node, model)
+    for node in nodes:
+        check_looked_up(program, node, (arguments(node)[x] for x in ("q" if node in crossing else "qkv")))
     nodes = [n for n in nodes if n not in crossing]
     causal = Causal(program, model)
     reaches = [causal.of(n) for n in nodes]

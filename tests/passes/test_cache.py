@@ -90,9 +90,9 @@ def test_the_kernel_takes_what_is_known_before_a_call() -> None:
 class Plain(nn.Module):
     """A causal model that knows nothing of transformers' arguments: capped logits, scaled, of every token."""
 
-    def __init__(self, causal: bool = True, reads_pad: bool = False, mixes: bool = False) -> None:
+    def __init__(self, causal: bool = True, reads_pad: bool = False, mixes: bool = False, blind: bool = False) -> None:
         super().__init__()
-        self.causal, self.reads_pad, self.mixes = causal, reads_pad, mixes
+        self.causal, self.reads_pad, self.mixes, self.blind = causal, reads_pad, mixes, blind
         self.config = SimpleNamespace(is_encoder_decoder=False, to_dict=dict)
         self.embedding, self.positions = nn.Embedding(40, 16), nn.Embedding(64, 16)
         self.qkv, self.out, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 40)
@@ -102,7 +102,8 @@ class Plain(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(length)[None].expand(batch, length)
         x = self.embedding(input_ids) + self.positions(position_ids)
-        q, k, v = (t.view(batch, length, 4, 4).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        given = self.positions.weight[:1, None].expand(batch, length, 16) if self.blind else x
+        q, k, v = (t.view(batch, length, 4, 4).transpose(1, 2) for t in self.qkv(given).chunk(3, dim=-1))
         mask = torch.ones(length, length, dtype=torch.bool)
         mask = (mask.tril() if self.causal else mask)[None, None]
         if self.reads_pad:
@@ -132,6 +133,7 @@ def test_rows_are_selected_before_the_last_linear_layer() -> None:
         ({"causal": False}, "bidirectional"),
         ({"reads_pad": True}, "no causal window"),
         ({"mixes": True}, "mix in another way"),
+        ({"blind": True}, "nothing from tokens"),  # its attention could begin before its lengths are there
     ],
 )
 def test_what_no_pages_can_serve_is_refused(how: dict[str, bool], reason: str) -> None:
