@@ -78,7 +78,7 @@ class Op:
 class Kernel:
     """A provider of an op: `run` takes the op's arguments, `supports` says why it cannot, or `None`.
 
-    `early` names arguments that it reads while the kernels before it still run: they must be computed by none of ours.
+    `early` names arguments that it reads while the kernels before it still run: a graph may give it weights there only.
     """
 
     op: Op

@@ -6,7 +6,8 @@ steps, tile by tile, are dealt out in equal shares to as many programs as there 
 are the matrix unit's first operand, rows of x the second, 8 to 64 wide; both come by TMA.
 
 The ring is filled with weights before a program waits for the kernel that computes x: the memory is busy while that
-kernel ends. No kernel that lets the next one start early may have written the weight.
+kernel ends. What wrote the weight must have ended when the last kernel launched without `launch_pdl` began, as in
+`paged_decode_kernel`: from the kernel right in front nothing is promised before the wait, whatever its launch.
 
 A tile whose steps lie in several shares is left in parts. The last of its programs adds them up, in the order of the
 programs: the result has the same bits each time.

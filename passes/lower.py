@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def lower(program: Program, context: Context) -> PassResult:
     places: dict[tuple[str, str, str], fx.Node] = {}
     chosen: dict[Any, tuple[Kernel, ...]] = {}
     bound: dict[Any, Any] = {}
-    given = (InputKind.USER, InputKind.STEP)
+    given = (InputKind.USER, InputKind.STEP, InputKind.PAGES)
     weights = {node for node, input in program.placeholder_inputs().items() if input.kind not in given}
     for node in list(graph.nodes):
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
@@ -134,10 +134,22 @@ def _choose(
     return tuple(found)
 
 
+def _at_rest(kernel: Kernel) -> Callable[..., Any]:
+    """Its `run`, begun when what it reads early is written: packed weights are made right in front of a check."""
+    if not kernel.early or not torch.cuda.is_available():
+        return kernel.run
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        return kernel.run(*args, **kwargs)
+
+    return run
+
+
 def _check(graph: fx.Graph, node: fx.Node, kernel: Kernel, evaluator: Evaluator) -> tuple[Check | None, str | None]:
     """The kernel against the node's own op, and what is wrong with it, if anything."""
     with graph.inserting_after(node):
-        trial = graph.call_function(kernel.run, node.args, node.kwargs)
+        trial = graph.call_function(_at_rest(kernel), node.args, node.kwargs)
     try:
         check = compare(evaluator, [node], [node], [trial], [trial], meaning=False)
     except Exception as error:

@@ -46,3 +46,17 @@ def test_a_kernel_that_reads_a_weight_early_takes_none_that_the_graph_computes(m
     monkeypatch.setattr(lower, "PROVIDERS", MappingProxyType({"gate_up": kernels}))
     model = regraft.optimize(tiny_llama(1), verbose=False, on_error="raise")
     assert "gate_up -> reference" in {group.label for group in model.report.rewrites if group.rule == "lower"}
+
+
+def test_a_kernel_that_reads_early_is_compared_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def run(x: str) -> str:
+        done.append(x)
+        return x
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("all"))
+    assert lower._at_rest(Kernel(gate_up, "here", run, lambda signature: None, early=("weight",)))("early") == "early"
+    assert lower._at_rest(Kernel(gate_up, "here", run, lambda signature: None)) is run
+    assert done == ["all", "early"]
