@@ -53,14 +53,19 @@ class Limits:
     """Whether pages of equal beginnings are shared, also between calls."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "token_budget"):
+        for name, least in (("max_batch_size", 1), ("token_budget", 1), ("max_seq_len", 2)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value}: at least 1 is needed")
-        if self.max_seq_len is not None and self.max_seq_len < 2:
-            raise OptionError(f"max_seq_len={self.max_seq_len}: at least 2 is needed")
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise OptionError(f"memory_fraction={self.memory_fraction}: expected a number above 0, up to 1")
+            if value is None and name != "max_batch_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise OptionError(f"{name}={value!r}: expected a whole number")
+            if value < least:
+                raise OptionError(f"{name}={value}: at least {least} is needed")
+        share = self.memory_fraction
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            raise OptionError(f"memory_fraction={share!r}: expected a number above 0, up to 1")
+        if not isinstance(self.prefix_sharing, bool):
+            raise OptionError(f"prefix_sharing={self.prefix_sharing!r}: expected True or False")
         if self.kv_dtype is not None and self.kv_dtype not in PAGE_DTYPES:
             raise OptionError(f"kv_dtype={self.kv_dtype}: expected one of {', '.join(map(str, PAGE_DTYPES))}")
         if self.block_size not in BLOCK_SIZES:

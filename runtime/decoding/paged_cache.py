@@ -138,10 +138,20 @@ class Nothing:
 
 
 def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """The tokens of each row without its padding, `attention_mask` [B, L] being 0 on the left and 1 from there on."""
+    """The tokens of each row without its padding, `attention_mask` [B, L] or [1, L] being 0 on the left, then 1.
+
+    Raises:
+        InputError: tokens of another dtype than int64 or int32, or a mask of another shape.
+    """
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"input_ids of {input_ids.dtype}: expected torch.int64 or torch.int32")
     rows: list[list[int]] = input_ids.tolist()
     if attention_mask is None:
         return rows
+    shape = list(input_ids.shape)
+    if list(attention_mask.shape) not in (shape, [1, *shape[1:]]):
+        raise InputError(f"attention_mask of shape {list(attention_mask.shape)}: expected {shape}, as input_ids")
+    attention_mask = attention_mask.expand_as(input_ids)
     sizes: list[int] = attention_mask.long().sum(-1).tolist()
     return [row[len(row) - size :] for row, size in zip(rows, sizes, strict=True)]
 

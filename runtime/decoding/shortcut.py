@@ -82,8 +82,8 @@ def asked(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Asked
             ids.device,
             mask is None,
             _plain(rest),
-            None if config is None else _plain(vars(config)),
-            _plain(vars(model.generation_config)),
+            None if config is None else (type(config), _plain(vars(config))),
+            (type(model.generation_config), _plain(vars(model.generation_config))),
             _plain({name: legacy.get(name) for name in GenerationConfig._get_default_generation_params()}),
         )
     except TypeError:

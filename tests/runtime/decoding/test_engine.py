@@ -415,7 +415,18 @@ def test_pages_are_counted_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_batch_size": 0}, {"max_seq_len": 1}, {"memory_fraction": 1.5}, {"block_size": 8}, {"token_budget": 0}],
+    [
+        {"max_batch_size": 0},
+        {"max_batch_size": None},
+        {"max_seq_len": 1},
+        {"max_seq_len": "long"},
+        {"memory_fraction": 1.5},
+        {"memory_fraction": "half"},
+        {"block_size": 8},
+        {"token_budget": 0},
+        {"token_budget": 8.5},
+        {"prefix_sharing": "no"},
+    ],
 )
 def test_wrong_limits_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):

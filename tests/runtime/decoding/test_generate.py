@@ -247,6 +247,21 @@ def test_prompts_without_tokens_are_huggingfaces(pair: Pair) -> None:
         assert str(actual.value) == str(expected.value)
 
 
+def test_prompts_and_masks_that_do_not_fit(pair: Pair) -> None:
+    """HuggingFace raises too, by an error of torch's own; a mask of one row is that of all."""
+    for wrong, said in (
+        ({"attention_mask": MASK[:, 1:]}, r"attention_mask of shape \[\d, 6\]: expected \[\d, 7\]"),
+        ({"input_ids": IDS.float()}, "input_ids of torch.float32: expected torch.int64 or torch.int32"),
+    ):
+        with pytest.raises(RuntimeError):
+            pair.plain.generate(**{**PROMPT, **wrong}, max_new_tokens=2)
+        for beams in (1, 2):
+            with pytest.raises(regraft.InputError, match=said):
+                pair.model.generate(**{**PROMPT, **wrong}, max_new_tokens=2, num_beams=beams)
+            assert not pair.engine.open
+    pair.check(FAST, input_ids=IDS[1:], attention_mask=MASK[1:2], max_new_tokens=3)
+
+
 def negated(module: Any, arguments: Any, output: Any) -> Any:
     output.logits = -output.logits
     return output

@@ -141,6 +141,21 @@ def test_what_is_set_on_the_model_later_prepares_calls(pair: Pair) -> None:
     both(pair, **arguments)
 
 
+class OneToken(GenerationConfig):
+    """Says nothing else than its base class, and does something else."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        rest = super().update(*args, **kwargs)
+        self.max_new_tokens = 1
+        return rest
+
+
+def test_a_config_of_another_class_is_another(pair: Pair) -> None:
+    for kind in (GenerationConfig, OneToken):
+        config = kind(max_new_tokens=4, pad_token_id=0)
+        both(pair, input_ids=IDS, attention_mask=MASK, generation_config=config)
+
+
 def test_a_sample_that_no_page_can_hold_is_that_of_the_seed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
     pair.model.generate(IDS[:, 2:], attention_mask=MASK[:, 2:], **arguments)
