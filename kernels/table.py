@@ -101,8 +101,8 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             skinny_triton,
             linear_act_wgmma,
             stream_gluon,
+            qkv_rope_triton,  # the vendor's product first here too
             qkv_rope_wgmma,
-            qkv_rope_triton,
             qkv_rope_stream,
             moe_triton,
             moe_wgmma,

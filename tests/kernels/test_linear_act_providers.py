@@ -10,6 +10,7 @@ from regraft.kernels import choice, linear_act_torch, linear_act_wgmma, tuning
 from regraft.kernels.features import features_of
 from regraft.kernels.linear_act import gate_up, linear_act
 from regraft.kernels.op import Kernel, Op
+from regraft.kernels.table import PROVIDERS
 from regraft.kernels.tuning import Config
 
 CUBLAS = {kernel.op.name: kernel for kernel in linear_act_torch.KERNELS}
@@ -157,6 +158,14 @@ def test_wgmma_refuses(device: str) -> None:
     assert half is not None
 
 
+def test_products_that_nobody_measured_are_the_vendors() -> None:
+    """On a Hopper GPU without a table, a kernel with tiles of 128 rows would turn the heads of a single one."""
+    firsts = {
+        name: kernels[0].provider for name, kernels in PROVIDERS.items() if "cublas" in {k.provider for k in kernels}
+    }
+    assert firsts == dict.fromkeys(("linear_act", "gate_up", "qkv_rope"), "cublas")
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "depth", "provider"),
     [
@@ -164,7 +173,7 @@ def test_wgmma_refuses(device: str) -> None:
         (128, 30522, 1024, "wgmma"),
         (64, 50257, 768, "skinny"),
         (1, 2, 768, "skinny"),
-        (1, 4096, 4096, "skinny"),  # for one row, the streaming kernel is ahead only where no other comes between
+        (1, 4096, 4096, "stream"),  # one row: all of a step's large products stream, or none
         (8, 128256, 4096, "stream"),
         (16, 4096, 4096, "stream"),
         (16, 128256, 4096, "skinny"),
