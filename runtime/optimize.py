@@ -29,6 +29,7 @@ from .topics import listen
 log = logging.getLogger("regraft")
 
 M = TypeVar("M", bound=nn.Module)
+LEFT = Note("", "REGRAFT_DISABLE is set: the model is left as it is")
 
 
 def optimize(
@@ -116,7 +117,7 @@ def leave(model: M, options: Options) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize(model): model is {type(model).__name__}, not a torch.nn.Module")
     record = new_record(model, options)
-    record.notes.append(Note("", "REGRAFT_DISABLE is set: the model is left as it is"))
+    record.notes.append(LEFT)
     log.warning("REGRAFT_DISABLE is set: %s is left as it is", type(model).__name__)
     if options.dry_run:
         return Report(record)
@@ -228,16 +229,22 @@ def restore(model: M) -> M:
     """Give back the original forward, and independent contiguous parameters, bit for bit.
 
     Raises:
-        ValueError: the model is not optimized.
+        ValueError: the model is not optimized, or another forward was set on it since.
     """
     dispatch = model.__dict__.get("forward") if isinstance(model, nn.Module) else None
     report = model.__dict__.get("report") if isinstance(model, nn.Module) else None
+    if not isinstance(dispatch, Dispatch):
+        if not isinstance(report, Report):
+            raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
+        if LEFT not in report.record.notes:
+            raise ValueError(
+                f"restore(model): another forward was set on this {type(model).__name__} after optimize; "
+                "put the one before it back first"
+            )
     if isinstance(report, Report):
         del model.__dict__["report"]
     if not isinstance(dispatch, Dispatch):
-        if isinstance(report, Report):
-            return model  # left as it was under REGRAFT_DISABLE
-        raise ValueError(f"restore(model): this {type(model).__name__} is not optimized")
+        return model
     plug_in.remove(model)
     if dispatch.overridden is not None:
         model.forward = dispatch.overridden

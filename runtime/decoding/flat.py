@@ -115,7 +115,7 @@ def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
         program = _from_forward(builder)
         if program is not None:
             return _compared(builder, program, last=False)
-    except (CacheError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever fails on the short way, the long one does not depend on it
         log.debug("%s is captured again for flat tokens: %s", builder.record.model, error)
     return _compared(builder, _captured(builder))
 
@@ -128,12 +128,12 @@ def _compared(builder: Builder, program: Program, last: bool = True) -> tuple[Fl
     if not last and picks_logits(flat.program):
         raise CacheError("all logits would be computed")
     before = [p.recipe for p in weights.packs.values()]
-    weights.pack(flat.recipes)
     try:
+        weights.pack(flat.recipes)
         checked = check(flat, program, builder)
         if end is not None:
             check_beyond(flat, builder, end[0], checked.bound)
-    except CacheError:
+    except BaseException:
         weights.keep(before)
         raise
     builder.paged = flat.recipes

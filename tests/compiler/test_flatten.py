@@ -11,11 +11,12 @@ import zoo
 from flat_models import flat_of, tiny
 
 import regraft
+from regraft.compiler.causal import CacheError
 from regraft.compiler.cost import op_name
 from regraft.compiler.flatten import flattened
 from regraft.runtime.decoding import flat as module
 from regraft.runtime.decoding.book import Book
-from regraft.runtime.decoding.flat import flat_program
+from regraft.runtime.decoding.flat import Unserved, flat_program
 from regraft.runtime.decoding.program import FlatProgram
 
 CPU = torch.device("cpu")
@@ -67,6 +68,23 @@ def test_where_the_mask_counts_positions_it_is_captured_again(monkeypatch: pytes
     flat = flat_program(model)
     assert isinstance(flat, FlatProgram) and len(made) == 1
     assert torch.equal(logits(flat), logits(flat_of(tiny("opt"))))
+
+
+def test_what_fails_on_the_short_way_leaves_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, and wherever; no packed weight of a try that failed stays."""
+    model = regraft.optimize(tiny("llama", 1), example_inputs={"input_ids": torch.arange(3, 12)[None]}, verbose=False)
+    before = set(model.forward.bound.weights.packs)
+    made = captures(monkeypatch)
+    failures = [TypeError("the short way"), CacheError("the long one")]
+
+    def fails(*args: Any) -> Any:
+        raise failures.pop(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check", fails)
+        found = flat_program(model)
+    assert isinstance(found, Unserved) and found.reason == "the long one" and len(made) == 1
+    assert set(model.forward.bound.weights.packs) == before
 
 
 def test_a_forward_that_keeps_some_logits_is_not_taken() -> None:

@@ -169,6 +169,18 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Expected" in capsys.readouterr().out
 
 
+def test_a_forward_that_replaced_ours_is_not_lost() -> None:
+    model = regraft.optimize(tiny_llama(), verbose=False)
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(ValueError, match="another forward was set on this LlamaForCausalLM after optimize"):
+        regraft.restore(model)
+    model.forward = ours
+    assert model.report.calls is not None
+    regraft.restore(model)
+    assert not {"forward", "generate", "report"} & set(model.__dict__)
+
+
 def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("REGRAFT_DISABLE", "1")
     model = tiny_llama()
