@@ -90,8 +90,9 @@ def bind(op: Op, kernels: Sequence[Kernel]) -> Callable[..., Any]:
     def first(key: replay.Key, args: tuple[Any, ...]) -> Any:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         best = choose(op, kernels, args, device)
-        result, run, plan = _first_that_runs(op, [best, *(k for k in kernels if k is not best)], args)
-        if key[-1] is not None and device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
+        planned = key[-1] is not None
+        result, run, plan = _first_that_runs(op, [best, *(k for k in kernels if k is not best)], args, planned)
+        if planned and device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
             if len(plans) >= replay.MAX_PLANS:
                 plans.clear()
             plans[key] = plan if plan is not None else lambda given: run(*given)
@@ -107,13 +108,13 @@ def arranged(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _first_that_runs(
-    op: Op, kernels: Sequence[Kernel], args: tuple[Any, ...]
+    op: Op, kernels: Sequence[Kernel], args: tuple[Any, ...], planned: bool
 ) -> tuple[Any, Callable[..., Any], replay.Plan | None]:
-    """Result, function and plan of the first kernel that can be compiled and launched for these sizes."""
+    """Result, function and, if one is wanted, plan of the first kernel that can be compiled and launched here."""
     for kernel in kernels:
         try:
             with tuning.calling(kernel.run, args):
-                result, plan = replay.record(kernel.run, args)
+                result, plan = replay.record(kernel.run, args) if planned else (kernel.run(*args), None)
         except Exception as error:
             if not is_kernel_failure(error):
                 raise

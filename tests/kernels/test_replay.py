@@ -57,6 +57,22 @@ def test_keywords_and_defaults_reach_the_kernel() -> None:
     assert seen[0][3:] == (1e-6, 1.0, None, None)
 
 
+def test_no_plan_is_written_that_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments at one address, as queries that stand for keys which are not read, are run without one each time."""
+    recorded: list[int] = []
+
+    def record(run: Any, args: tuple[Any, ...]) -> tuple[Any, None]:
+        recorded.append(len(args))
+        return run(*args), None
+
+    monkeypatch.setattr(replay, "record", record)
+    bound = choice.bind(add_rms_norm, [Kernel(add_rms_norm, "here", lambda *args: args[0], lambda signature: None)])
+    x = torch.zeros(2, 8)
+    assert bound(x, x, None, 1e-6) is x and recorded == []
+    bound(x, x.clone(), None, 1e-6)
+    assert recorded == [4]
+
+
 @pytest.mark.gpu
 def test_a_plan_computes_what_the_launcher_computes() -> None:
     (kernel, *_) = PROVIDERS["add_rms_norm"]
