@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ from ..hooks import on_itself
 from .beside import OUTPUTS, Keeps, decoder_arguments, refused_states, states_of
 from .paged_cache import PagedCache, Session, close_all, prompts
 from .processors import Untranslated, translate
-from .requests import Request
+from .requests import Request, of_rows
 from .served import TOKEN_BY_TOKEN, Effective, of_its_own, refusal, stops
 from .shortcut import MAX_RECIPES, Asked, Recipe, asked, recipe_of, requests_of
 
@@ -388,18 +388,8 @@ def _requests(input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> 
         raise Untranslated(STREAMED_BATCH)
     params = translate(prepared["logits_processor"], bool(config.do_sample))
     most, eos = stops(prepared["stopping_criteria"])
-    seeds = torch.randint(2**63 - 1, (input_ids.shape[0],)).tolist() if params.do_sample else [0] * input_ids.shape[0]
     tokens = prompts(input_ids, decoder_arguments(prepared).get("attention_mask"))
-    new, whole = most - input_ids.shape[1], input_ids.tolist()
-    return [
-        Request(
-            row,
-            replace(params, seed=seed, padding=tuple(padded[: len(padded) - len(row)])),
-            max_new_tokens=new,
-            stop_tokens=eos,
-        )
-        for row, padded, seed in zip(tokens, whole, seeds, strict=True)
-    ]
+    return of_rows(params, tokens, input_ids.tolist(), most - input_ids.shape[1], eos)
 
 
 def _recipe(requests: list[Request], input_ids: Tensor, streamer: Any, prepared: Mapping[str, Any]) -> Recipe | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .params import SamplingParams
 
 if TYPE_CHECKING:
     from .sequences import Sequence as Running
@@ -40,6 +42,23 @@ class Request:
             raise InputError("a prompt has no tokens: at least one is needed")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed")
+
+
+def of_rows(
+    params: SamplingParams, rows: list[list[int]], padded: list[list[int]], new: int, stop_tokens: frozenset[int]
+) -> list[Request]:
+    """A request for each row, which is that of `padded` without its padding; each draws a seed if it is sampled."""
+    count = len(rows)
+    seeds = torch.randint(2**63 - 1, (count,)).tolist() if params.do_sample else [0] * count
+    return [
+        Request(
+            row,
+            replace(params, seed=seed, padding=tuple(whole[: len(whole) - len(row)])),
+            max_new_tokens=new,
+            stop_tokens=stop_tokens,
+        )
+        for row, whole, seed in zip(rows, padded, seeds, strict=True)
+    ]
 
 
 class Epilogue(Protocol):

@@ -18,7 +18,7 @@ from transformers.generation import GenerationMode
 
 from .paged_cache import is_left_padding, prompts
 from .params import SamplingParams
-from .requests import Request
+from .requests import Request, of_rows
 
 MAX_RECIPES: Final = 64
 """Kept for one model; all are dropped when there are more."""
@@ -150,16 +150,7 @@ def requests_of(recipe: Recipe, call: Asked) -> list[Request] | None:
     if call.mask is None and recipe.pad is not None and any(recipe.pad in row for row in whole):
         return None
     tokens = whole if mask is None else prompts(ids, mask)
-    params, count = recipe.params, len(whole)
-    seeds = torch.randint(2**63 - 1, (count,)).tolist() if params.do_sample else [0] * count
+    params = recipe.params
     if recipe.min_new_tokens:
         params = replace(params, min_length=ids.shape[1] + recipe.min_new_tokens)
-    return [
-        Request(
-            row,
-            replace(params, seed=seed, padding=tuple(padded[: len(padded) - len(row)])),
-            max_new_tokens=recipe.max_new_tokens,
-            stop_tokens=recipe.stop_tokens,
-        )
-        for row, padded, seed in zip(tokens, whole, seeds, strict=True)
-    ]
+    return of_rows(params, tokens, whole, recipe.max_new_tokens, recipe.stop_tokens)
