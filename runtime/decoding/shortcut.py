@@ -149,6 +149,8 @@ def requests_of(recipe: Recipe, call: Asked) -> list[Request] | None:
     whole: list[list[int]] = ids.tolist()
     if call.mask is None and recipe.pad is not None and any(recipe.pad in row for row in whole):
         return None
+    if call.mask is None and len(whole) > 1 and any(row[-1] == recipe.fill for row in whole):
+        return None  # transformers warns of padding on the right
     tokens = whole if mask is None else prompts(ids, mask)
     params = recipe.params
     if recipe.min_new_tokens:

@@ -77,6 +77,15 @@ def test_without_a_mask_padding_is_told_as_transformers_does(pair: Pair, prepare
     assert len(prepared) == 3
 
 
+def test_prompts_that_end_with_padding_are_prepared(pair: Pair, prepared: list[str]) -> None:
+    """Where it is the end of a sequence too, transformers warns and goes on."""
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "pad_token_id": 14, "eos_token_id": 14}
+    for ids, calls in ((IDS[1:], 2), (IDS[1:], 1), (IDS[:2], 2)):
+        prepared.clear()
+        both(pair, input_ids=ids, **arguments)
+        assert len(prepared) == calls
+
+
 def test_what_changes_between_calls_is_seen(pair: Pair, prepared: list[str]) -> None:
     arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "pad_token_id": 0}
     config = pair.model.generation_config
