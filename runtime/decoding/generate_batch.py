@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -60,7 +61,7 @@ class GenerateBatch:
         """As transformers'. `persistent_manager` and `warmup` say nothing here: the engine stays, graphs are kept.
 
         Raises:
-            InputError: a prompt without tokens, or one that can never fit; nothing was run.
+            InputError: a prompt that is no list of tokens, or has none, or can never fit; nothing was run.
         """
         if not inputs:
             return {}
@@ -132,16 +133,15 @@ class GenerateBatch:
         stops = frozenset[int]() if eos is None else frozenset(int(t) for t in eos.tolist() if t >= 0)
         by_length: dict[int, Any] = {}
         requests = []
-        for tokens in inputs:
+        for number, prompt in enumerate(inputs):
+            tokens = _tokens(prompt, number)
             length = len(tokens)
             if length not in by_length:
                 by_length[length] = self._settings(config, length)
             params, new = by_length[length]
             for _ in range(config.num_return_sequences or 1):
                 seed = int(torch.randint(2**63 - 1, ())) if params.do_sample else 0
-                requests.append(
-                    Request(list(tokens), replace(params, seed=seed), max_new_tokens=new, stop_tokens=stops)
-                )
+                requests.append(Request(tokens, replace(params, seed=seed), max_new_tokens=new, stop_tokens=stops))
         return requests
 
     def _settings(self, config: GenerationConfig, length: int) -> tuple[Any, int]:
@@ -156,6 +156,13 @@ class GenerateBatch:
             config.min_length = length + config.min_new_tokens
         processors = self.decoding.model._get_logits_processor(config, length, device="cpu")
         return translate(processors, bool(config.do_sample)), new
+
+
+def _tokens(prompt: Any, number: int) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise InputError(f"inputs[{number}]={prompt!r:.80}: expected a list of token ids") from error
 
 
 class _Progress:

@@ -102,6 +102,9 @@ def test_what_cannot_be_is_said_before_anything_runs(models: tuple[Any, Any]) ->
         model.generate_batch([[5, 6], []], max_new_tokens=3)
     with pytest.raises(regraft.InputError, match=r"needs 100 positions.*64 \(max_seq_len\)"):
         model.generate_batch([[5] * 10, [5] * 3], max_new_tokens=90)
+    for wrong in ([5.0, 6.0], "ab", 5):
+        with pytest.raises(regraft.InputError, match=r"inputs\[1\]=.*: expected a list of token ids"):
+            model.generate_batch([[5], wrong], max_new_tokens=3)
     with pytest.raises(TypeError, match="no argument 'colour'"):
         model.generate_batch([[5] * 10], colour=3)
 
