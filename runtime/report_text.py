@@ -186,7 +186,10 @@ def _generate(report: Report) -> list[str]:
         return [_line("Generate", f"not paged: {found['reason']}")]
     windows = ", ".join("all keys" if w < 0 else f"window {w + 1}" for w in found["windows"])
     text = f"paged: {found['layers']} layers, {len(found['windows'])} groups ({windows})"
-    return [_line("Generate", f"{text}; error {found['error']:.1e}, allowed {found['bound']:.1e}")]
+    lines = [_line("Generate", f"{text}; error {found['error']:.1e}, allowed {found['bound']:.1e}")]
+    if found["captured_again"] is not None:
+        lines.append(_line("", f"captured twice: {found['captured_again']}"))
+    return lines
 
 
 def _notes(report: Report) -> list[str]:

@@ -70,7 +70,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
         if reason is not None:
             raise CacheError(reason)
         with evaluating(builder.module):
-            flat, checked = _build(builder)
+            flat, checked, again = _build(builder)
     except (CacheError, CaptureError) as error:
         reason = error.reason if isinstance(error, CaptureError) else str(error)
         record.generate = {"paged": False, "reason": reason}
@@ -85,6 +85,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
         "error": checked.error,
         "error_original": checked.error_original,
         "bound": checked.bound,
+        "captured_again": again,
         "seconds": round(time.perf_counter() - started, 2),
     }
     return flat
@@ -109,15 +110,20 @@ def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -
     return flat
 
 
-def _build(builder: Builder) -> tuple[FlatProgram, Checked]:
-    """Raises CacheError or CaptureError where the model cannot be served so."""
+def _build(builder: Builder) -> tuple[FlatProgram, Checked, str | None]:
+    """The program, how good it is, and why the forward's own capture was not enough, if one was tried.
+
+    Raises CacheError or CaptureError where the model cannot be served so.
+    """
+    again = None
     try:
         program = _from_forward(builder)
         if program is not None:
-            return _compared(builder, program, last=False)
+            return *_compared(builder, program, last=False), None
     except Exception as error:  # noqa: BLE001 - whatever fails on the short way, the long one does not depend on it
-        log.debug("%s is captured again for flat tokens: %s", builder.record.model, error)
-    return _compared(builder, _captured(builder))
+        again = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        log.debug("%s is captured again for flat tokens: %s", builder.record.model, again)
+    return *_compared(builder, _captured(builder)), again
 
 
 def _compared(builder: Builder, program: Program, last: bool = True) -> tuple[FlatProgram, Checked]:

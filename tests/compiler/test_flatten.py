@@ -68,6 +68,8 @@ def test_where_the_mask_counts_positions_it_is_captured_again(monkeypatch: pytes
     flat = flat_program(model)
     assert isinstance(flat, FlatProgram) and len(made) == 1
     assert torch.equal(logits(flat), logits(flat_of(tiny("opt"))))
+    again = model.report.record.generate["captured_again"]
+    assert again.startswith("CacheError: ") and again[:40] in " ".join(str(model.report).split())
 
 
 def test_what_fails_on_the_short_way_leaves_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
