@@ -40,7 +40,7 @@ def lift(exported: ExportedProgram, prefix: str, model: nn.Module) -> tuple[fx.G
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         made = _input(node, specs[node.name], prefix, exported)
         inputs.append(made)
-        if made.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        if made.kind in (InputKind.PARAMETER, InputKind.BUFFER) and node.users:  # by a name that the graph reads
             kept = first.setdefault(id(tensors[made.target]), node)
             if kept is not node:
                 node.replace_all_uses_with(kept)

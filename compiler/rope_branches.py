@@ -7,7 +7,7 @@ buffer `inv_freq` before the real forward runs. Here both frequencies exist and 
     dynamic   inv_freq = where(length > max_position_embeddings, ntk(length), original)
 
 which is what a freshly loaded model does. (The decorated dynamic variant also remembers the longest sequence it has
-seen; a graph has no memory.)
+seen; a graph has no memory.) The buffer that the model swaps is never read by a graph, only the one with the original.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ def varying_rope(module: nn.Module) -> bool:
     if not hasattr(type(module).forward, "__wrapped__"):
         return False
     return any(isinstance(kind, str) and _is_dynamic(kind) for kind in values)
+
+
+def _swapped(module: nn.Module) -> list[tuple[str, str]]:
+    """The buffers that such a module swaps, each with the name of the original."""
+    kinds: Any = getattr(module, "rope_type", None)
+    if not isinstance(kinds, dict):
+        return [("inv_freq", "original_inv_freq")]
+    return [(f"{t}_inv_freq", f"{t}_original_inv_freq") for t, kind in kinds.items() if _is_dynamic(kind)]
+
+
+def swapped_buffers(module: nn.Module) -> frozenset[str]:
+    """Names of the module's own buffers that its forward swaps as the length asks, which no graph reads."""
+    if not varying_rope(module) or "forward" in module.__dict__:
+        return frozenset()
+    return frozenset(name for name, _ in _swapped(module))
 
 
 def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,10 +113,20 @@ def _branch_free(module: nn.Module) -> Callable[..., Any]:
 def branch_free_rope(model: nn.Module) -> Iterator[None]:
     """While active, the model's length-dependent rotary modules run without branches; exactly undone afterwards."""
     changed = [m for m in model.modules() if varying_rope(m) and "forward" not in m.__dict__]
+    shared: list[tuple[nn.Module, str, Tensor]] = []
     try:
         for module in changed:
+            for name, original in _swapped(module):
+                held = module._buffers.get(name)
+                if held is not None and held is getattr(
+                    module, original, None
+                ):  # else the graph calls both by one name
+                    shared.append((module, name, held))
+                    module._buffers[name] = held.clone()
             module.__dict__["forward"] = _branch_free(module)
         yield
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+        for module, name, held in shared:
+            module._buffers[name] = held

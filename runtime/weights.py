@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..compiler.program import Input, InputKind, Recipe
+from ..compiler.rope_branches import swapped_buffers
 from .device_memory import move_small, release_unused
 
 PackKey = tuple[Any, ...]
@@ -74,8 +75,10 @@ class Weights:
             self._modules.append(owner)
             self._children += [(owner._modules, name, child) for name, child in owner._modules.items()]
             dot = prefix + "." if prefix else ""
+            own = swapped_buffers(owner)  # what the model itself exchanges between calls is no change
             for table in (owner._parameters, owner._buffers):
-                slots |= {dot + name: (table, name) for name, tensor in table.items() if tensor is not None}
+                known = [name for name, tensor in table.items() if tensor is not None and name not in own]
+                slots |= {dot + name: (table, name) for name in known}
         self._types = list(map(type, self._modules))
         self._overrides = [m.__dict__.get("forward") for m in self._modules[1:]]
         self._instances = [m.__dict__ for m in self._modules[1:]]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from runtime_models import Real, optimized, tiny_llama, tokens
 from torch import fx, nn
 
+import regraft
 from regraft.compiler.program import Recipe
 from regraft.runtime import weights as runtime_weights
 from regraft.runtime.optimize import restore
@@ -128,6 +130,20 @@ def test_copies_watch_the_versions_of_their_sources() -> None:
     model.model.layers[0].self_attn.q_proj.weight = replaced
     assert settle(weights) is Change.VALUES
     assert torch.equal(value(weights), 2 * replaced.detach())
+
+
+def test_buffers_that_the_model_exchanges_itself_are_no_change() -> None:
+    """Beyond 16 positions the original puts other frequencies into a buffer, and the first ones back below."""
+    plain, _ = zoo.build("phi3_longrope", layers=1)
+    model = regraft.optimize(copy.deepcopy(plain), verify="off", verbose=False)
+    short, long = torch.randint(3, zoo.VOCAB, (1, 7)), torch.randint(3, zoo.VOCAB, (1, 30))
+    model(short)
+    captured = len(model.report.signatures)
+    for ids in (long, short, long):
+        model.forward.original(ids)  # as steps behind a prompt do
+        for again in (short, long):
+            torch.testing.assert_close(model(again).logits, plain(again).logits.detach(), rtol=1e-5, atol=1e-6)
+    assert len(model.report.signatures) == captured
 
 
 def halve(model: Any) -> None:
