@@ -35,7 +35,7 @@ from .nested import nest
 from .options import Options
 from .record import Record, SignatureRecord
 from .repair import Attempt, Compile, Site, repair
-from .shortened import shortened
+from .shortened import shortened, unpadded
 from .weights import Weights
 
 log = logging.getLogger("regraft")
@@ -223,7 +223,7 @@ class Builder:
     @staticmethod
     def _short(program: Program, entry: SignatureRecord) -> dict[str, torch.Tensor]:
         """What the program is checked with: long calls cost more memory in higher precision than there may be."""
-        example = shortened(program.example, program.limits)
+        example = shortened(unpadded(program.example), program.limits)
         name, cut = next(((n, t) for n, t in example.items() if t.shape != program.example[n].shape), (None, None))
         if name is not None and cut is not None:
             entry.notes.append(

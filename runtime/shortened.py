@@ -45,3 +45,19 @@ def shortened(example: Mapping[str, torch.Tensor], limits: Limits) -> dict[str, 
     known = mask is not None and mask.dim() == 2 and not mask.is_meta
     padded = known and mask is not None and not bool((mask != 0).any(1).all())
     return dict(example) if padded or limits.violation(made) is not None else made
+
+
+def unpadded(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The example with every token a real one.
+
+    What a model computes at padding differs from one spelling of its attention to the next, and would be held against a
+    rewrite; the certificate makes padded batches of its own, and looks at their real rows.
+    """
+    made = dict(example)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = made.get(name)
+        if mask is None or mask.dim() != 2 or mask.is_meta or mask.is_floating_point():
+            continue
+        if bool(((mask == 0) | (mask == 1)).all()):
+            made[name] = torch.ones_like(mask)
+    return made

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import zoo
 
+import regraft
 from regraft.compiler.program import Guard, Limits
 from regraft.runtime.shortened import ROWS, TOKENS, shortened
 
@@ -46,3 +48,13 @@ def test_pictures_and_padding_keep_the_whole_call() -> None:
     pictures = {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}
     made = shortened(pictures, _limits(input_ids=("b", "s"), pixel_values=("b", 3, 4, 4)))
     assert made["input_ids"].shape == (1, 4096)
+
+
+def test_padding_of_the_first_call_is_held_against_no_rewrite() -> None:
+    """Rows that see nothing are uniform in the model's spelling of attention and nothing in ours: neither is read."""
+    model, inputs = zoo.build("gptj")
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :5] = 0
+    model = regraft.optimize(model, verbose=False, example_inputs={**inputs, "attention_mask": mask})
+    assert not model.report.reverted
+    assert [(e.found, e.expected) for e in model.report.main.expected if e.what == "attention"] == [(2, 2)]
