@@ -119,9 +119,10 @@ class Dispatch(StandIn):
             try:
                 check_inputs(call.tensors, call.past)
             except InputError:
-                if not getattr(self._local, "lenient", False):
+                if call.unserved is None and not getattr(self._local, "lenient", False):
                     raise
-                return self._by_original("arguments that do not fit each other", args, kwargs)
+                reason = call.unserved or "arguments that do not fit each other"
+                return self._by_original(reason, args, kwargs)  # which judges what it alone can take
         if call.unserved is not None:
             return self._by_original(call.unserved, args, kwargs)
         served = self._find(bound, call)

@@ -136,6 +136,21 @@ def test_what_the_engine_cannot_do_is_named_and_huggingfaces(
     assert len(calls) == 4
 
 
+def test_huggingfaces_engine_runs_the_original(models: tuple[Any, Any]) -> None:
+    """Its calls hold a cache of its own beside tensors without elements, which only the original can judge."""
+    _, model = models
+    small = tf.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, block_size=8)
+    config = tf.GenerationConfig(max_new_tokens=4, eos_token_id=[2])
+    given = [[5, 6, 7], [9, 10, 11, 12, 13]]
+    hook = model.register_forward_hook(lambda module, arguments, output: None)
+    try:
+        found = model.generate_batch(given, config, small)
+    finally:
+        hook.remove()
+    assert model.report.record.generated["HuggingFace's generate_batch"]
+    assert [r.generated_tokens for r in found.values()] == [alone(model, p, max_new_tokens=4) for p in given]
+
+
 def test_generate_with_a_paged_cache_comes_here(models: tuple[Any, Any]) -> None:
     plain, model = models
     ids = torch.tensor(prompts()[3:4])
