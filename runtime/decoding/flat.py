@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...compiler.arange import positions_as_input
+from ...compiler.cache_recording import Blueprint
 from ...compiler.capture import capture
 from ...compiler.causal import CacheError
 from ...compiler.cross import STATES
 from ...compiler.errors import CaptureError
 from ...compiler.flatten import flattened
+from ...compiler.outputs import caches
 from ...compiler.program import InputKind, LayerSpec, Program
 from ...kernels.paged_attention import PAGE_DTYPES
 from ...passes.cache import EXAMPLE, ROWS, picks_logits
@@ -70,6 +72,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
         if reason is not None:
             raise CacheError(reason)
         with evaluating(builder.module):
+            _check_state(builder)
             flat, checked, again = _build(builder)
     except (CacheError, CaptureError) as error:
         reason = error.reason if isinstance(error, CaptureError) else str(error)
@@ -108,6 +111,26 @@ def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -
     builder.paged = [*builder.paged, *flat.recipes]
     flat.unbind()
     return flat
+
+
+def _check_state(builder: Builder) -> None:
+    """Raises CacheError where a step of decoding reads more of its past than keys and values, which are all pages hold.
+
+    Seen from the cache that the model makes, before a capture: that of a scan over many tokens may take minutes.
+    """
+    if is_encoder_decoder(builder.module) or any(s.captured is not None and s.captured.cache for s in builder.served):
+        return
+    try:
+        with torch.no_grad():
+            returned = builder.original(input_ids=torch.tensor([[3, 4]], device=builder.device), use_cache=True)
+    except Exception:
+        log.debug("%s: its cache could not be looked at", builder.record.model, exc_info=True)
+        return
+    for cache in caches(returned):
+        try:
+            Blueprint.of(cache)
+        except ValueError as error:
+            raise CacheError(str(error)) from error
 
 
 def _build(builder: Builder) -> tuple[FlatProgram, Checked, str | None]:

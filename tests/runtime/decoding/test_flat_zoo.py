@@ -25,7 +25,7 @@ LONGEST = {"gpt2": 256, "opt": 128, "gptj": 128, "mpt": 128, "whisper": 64, "bar
 MASKED = {"whisper": False, "bart": True, "t5": True}
 """Decoders beside an encoder, and whether `attention_mask` says which of its states they see."""
 REFUSED = {
-    "mamba2": "no attention was recognised",
+    "mamba2": "holds more than keys and values",
     "llama4_text": "chunked",
     "phi3_longrope": "how long other sequences are",
     "llama_dynamic": "how long other sequences are",

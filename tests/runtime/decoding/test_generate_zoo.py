@@ -22,7 +22,7 @@ NEW = 8
 """With the prompt beyond the windows of 6 and 16 positions of the models that have them."""
 PAGES, FAST, HUGGINGFACE = "HuggingFace's loop over pages", "the fast loop", "HuggingFace's loop"
 NOT_SERVED = {
-    "mamba2": "no attention",
+    "mamba2": "holds more than keys and values",
     "llama4_text": "chunked",
     "llama_dynamic": "depend on how long",
     "phi3_longrope": "depend on how long",
