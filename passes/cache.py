@@ -31,7 +31,6 @@ from ..compiler.positions import positions_allowed
 from ..compiler.program import Input, InputKind, LayerSpec, Program
 from ..compiler.provenance import module_of, source_of
 from ..compiler.records import PassResult, Rewrite
-from ..compiler.relative import Relative
 from ..compiler.rule import Stage
 from ..kernels.paged_attention import PAGE_DTYPES, paged_attention
 
@@ -122,7 +121,8 @@ class _Inputs:
 
     def __init__(self, program: Program, mode: Any, device: torch.device) -> None:
         self.program, self.mode, self.device = program, mode, device
-        self.tables: dict[tuple[Any, ...], fx.Node] = {}
+        self.buckets: dict[tuple[int, ...], fx.Node] = {}
+        self.tables: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
 
     def add(self, kind: InputKind, target: str, value: Any, dynamic: Sequence[int] = ()) -> fx.Node:
@@ -226,13 +226,14 @@ def _rewrite(
 ) -> None:
     given = arguments(node)
     slopes = None if reach.slopes is None else _slopes(inputs, reach.slopes)
+    buckets = None if reach.relative is None else _buckets(inputs, reach.relative.buckets)
     with node.meta["val"].fake_mode, graph.inserting_before(node):
         q, k, v = (heads_inside(graph, given[x]) for x in ("q", "k", "v"))
         table = (steps[f"slots.{layer.group}"], steps["cu_seqlens_q"], steps["lengths"])
         rest = (steps[f"block_table.{layer.group}"], steps["max_q"], given["sinks"], slopes)
         numbers: list[Any] = [given["scale"], reach.left, given["softcap"], steps["fresh"]]
-        if reach.relative is not None:
-            numbers.append(_table(graph, node, inputs, reach.relative))
+        if reach.relative is not None and buckets is not None:
+            numbers.append(_table(graph, node, inputs, reach.relative.weight, buckets))
         paged = _call(graph, node, paged_attention.overload, q, k, v, *pages[:2], *table, *rest, *pages[2:], *numbers)
     _replace(graph, node, paged)
 
@@ -278,15 +279,21 @@ def heads_inside(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return _call(graph, node, aten.transpose.int, _call(graph, node, aten.select.int, node, 0, 0), 0, 1)
 
 
-def _table(graph: fx.Graph, node: fx.Node, inputs: _Inputs, relative: Relative) -> fx.Node:
+def _table(graph: fx.Graph, node: fx.Node, inputs: _Inputs, weight: fx.Node, buckets: fx.Node) -> fx.Node:
     """`[H, W]` of the weight as it is in the call; attentions with one bias share it."""
-    key = (relative.weight, tuple(relative.buckets.tolist()))
-    if key not in inputs.tables:
-        buckets = inputs.constant(f"buckets.{len(inputs.program.inputs)}", relative.buckets)
-        rows = _call(graph, node, aten.embedding.default, relative.weight, buckets)
+    if (weight, buckets) not in inputs.tables:
+        rows = _call(graph, node, aten.embedding.default, weight, buckets)
         across = _call(graph, node, aten.transpose.int, rows, 0, 1)
-        inputs.tables[key] = _call(graph, node, aten.clone.default, across)
-    return inputs.tables[key]
+        inputs.tables[weight, buckets] = _call(graph, node, aten.clone.default, across)
+    return inputs.tables[weight, buckets]
+
+
+def _buckets(inputs: _Inputs, buckets: Tensor) -> fx.Node:
+    """The constant; not to be called under a fake mode, in which those of a device cannot be read."""
+    key = tuple(buckets.tolist())
+    if key not in inputs.buckets:
+        inputs.buckets[key] = inputs.constant(f"buckets.{len(inputs.program.inputs)}", buckets)
+    return inputs.buckets[key]
 
 
 def _slopes(inputs: _Inputs, slopes: Tensor) -> fx.Node:
