@@ -58,7 +58,8 @@ def prepared(choice: str, model: Any, length: int) -> Iterator[Runner]:
         finally:
             torch.compiler.reset()
     elif choice == BATCHED:
-        yield Runner(_batched(model), kv=_contiguous(model))
+        with _batched(model) as generate:
+            yield Runner(generate, kv=_contiguous(model))
     elif choice == VLLM:
         with _vllm(model, length) as generate:
             yield Runner(generate)
@@ -93,15 +94,22 @@ def _huggingface(model: Any, **options: Any) -> Runner:
     return Runner(generate, generate, _contiguous(model))
 
 
-def _batched(model: Any) -> Generate:
+@contextmanager
+def _batched(model: Any) -> Iterator[Generate]:
+    """Its CUDA graphs are asked for, which it leaves out where attention takes a mask; calls share its cache."""
     from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
 
     def generate(ids: torch.Tensor, new: int) -> torch.Tensor:
         config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        found = model.generate_batch(ids.tolist(), generation_config=config)
+        options = ContinuousBatchingConfig(use_cuda_graph=True)
+        found = model.generate_batch(ids.tolist(), config, options, persistent_manager=True)
         return torch.tensor([r.generated_tokens for r in found.values()], device=ids.device)
 
-    return generate
+    try:
+        yield generate
+    finally:
+        model.destroy_cached_continuous_batching_manager()
 
 
 @contextmanager
