@@ -8,6 +8,7 @@ import torch
 
 from .case import Case
 from .cases_attention import attentions
+from .cases_joint import joints
 from .cases_linear import gate_ups, linears
 from .cases_moe import experts
 from .cases_paged import paged_attentions
@@ -20,7 +21,7 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Mapping[str, tuple[Case, ...]]
     """The cases by op name, with tensors of this dtype."""
     found: dict[str, tuple[Case, ...]] = {}
     attention = (attentions, varlen_attentions, paged_attentions)
-    for make in (norms, softmaxes, ropes, *attention, elementwise, linears, gate_ups, qkv_ropes, experts):
+    for make in (norms, softmaxes, ropes, *attention, elementwise, linears, gate_ups, qkv_ropes, joints, experts):
         for case in make(dtype):
             found[case.op.name] = (*found.get(case.op.name, ()), case)
     return found

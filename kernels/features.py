@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from .norm_products import JOINT, NORM
+
 Features = dict[str, int]
 
 
@@ -100,6 +102,11 @@ def _experts(args: Sequence[Any]) -> Features:
     return {"T": _rows(x), "D": x.shape[-1], "E": experts, "R": rows, "bytes": x.element_size()}
 
 
+def _behind_norm(args: Sequence[Any]) -> Features:
+    """As the product behind the norm."""
+    return _linear((args[0], *args[NORM:]))
+
+
 _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyType(
     {
         "attention": _attention,
@@ -109,6 +116,7 @@ _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyT
         "gate_up": _linear,
         "qkv_rope": _linear,
         "moe_experts": _experts,
+        **dict.fromkeys((op.name for op in JOINT.values()), _behind_norm),
     }
 )
 

@@ -22,6 +22,23 @@ def start_dependent(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def load_early(w_ptrs, other_ptrs, inside, BOTH: tl.constexpr, PDL: tl.constexpr):
+    """Tiles of weights, asked for before the wait for the kernel in front; the second where there are BOTH.
+
+    What wrote them must have ended when the last kernel launched without `launch_pdl` began, as in `stream_kernel`.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    w = tl.load(w_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
+    other = w
+    if BOTH:
+        other = tl.load(other_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
+    return w, other
+
+
 def overlaps(x: Tensor) -> dict[str, bool]:
     """Launch options of a kernel that calls `start_dependent`: overlapping launches from Hopper on."""
     hopper = not INTERPRETED and compute_capability(x.device) >= (9, 0)

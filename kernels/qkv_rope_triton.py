@@ -301,5 +301,5 @@ def refuse_qkv(signature: Signature) -> str | None:
 
 KERNELS: Final = (
     Kernel(ops.qkv_rope, "cublas", qkv_rope, refuse_qkv),
-    Kernel(ops.qkv_rope, "skinny", qkv_rope_of_few_rows, refuse_qkv),
+    Kernel(ops.qkv_rope, "skinny", qkv_rope_of_few_rows, refuse_qkv, early=("weight",)),
 )

@@ -29,7 +29,7 @@ from .launch import (
     rows_aligned,
 )
 from .op import Kernel, Signature
-from .overlap import overlaps, start_dependent
+from .overlap import load_early, overlaps, start_dependent
 from .tuning import Config, choose
 
 MAX_ROWS: Final = 64
@@ -49,36 +49,43 @@ def _gemv_kernel(
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
+    ONCE: tl.constexpr,  # all columns at once: the weight is asked for before the wait
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    start_dependent(PDL)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     w_ptrs = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_wn + k[None, :]  # [ROWS, BLOCK_K]
     up_ptrs = w_ptrs + up_offset
-    acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
-    up_acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN_K:
-            w = tl.load(w_ptrs + start, eviction_policy="evict_first")
-            x = tl.load(x_ptr + start + k, eviction_policy="evict_last")
-        else:
-            inside = k < K - start
-            w = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + start + k, mask=inside, other=0.0, eviction_policy="evict_last")
-        x = x.to(tl.float32)[None, :]
-        acc += w.to(tl.float32) * x
-        if GATED:
+    if ONCE:
+        w, up = load_early(w_ptrs, up_ptrs, (k < K)[None, :], GATED, PDL)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)[None, :]
+        acc = w.to(tl.float32) * x
+        up_acc = up.to(tl.float32) * x
+    else:
+        start_dependent(PDL)
+        acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+        up_acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if EVEN_K:
-                up = tl.load(up_ptrs + start, eviction_policy="evict_first")
+                w = tl.load(w_ptrs + start, eviction_policy="evict_first")
+                x = tl.load(x_ptr + start + k, eviction_policy="evict_last")
             else:
                 inside = k < K - start
-                up = tl.load(up_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            up_acc += up.to(tl.float32) * x
+                w = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+                x = tl.load(x_ptr + start + k, mask=inside, other=0.0, eviction_policy="evict_last")
+            x = x.to(tl.float32)[None, :]
+            acc += w.to(tl.float32) * x
+            if GATED:
+                if EVEN_K:
+                    up = tl.load(up_ptrs + start, eviction_policy="evict_first")
+                else:
+                    inside = k < K - start
+                    up = tl.load(up_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+                up_acc += up.to(tl.float32) * x
     y = tl.sum(acc, axis=1)
     up_y = tl.sum(up_acc, axis=1)
     if HAS_BIAS:
@@ -293,6 +300,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
                 stride_b,
                 n * weight.stride(0),
                 **epilogue,
+                ONCE=k <= config["BLOCK_K"],
                 EVEN_K=k % config["BLOCK_K"] == 0,
                 STAGES=config.num_stages,
                 **overlaps(x),
@@ -377,6 +385,6 @@ def gate_up(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor
 
 
 KERNELS: Final = (
-    Kernel(ops.linear_act, "skinny", linear_act, _supports),
-    Kernel(ops.gate_up, "skinny", gate_up, _supports_gate_up),
+    Kernel(ops.linear_act, "skinny", linear_act, _supports, early=("weight",)),
+    Kernel(ops.gate_up, "skinny", gate_up, _supports_gate_up, early=("weight",)),
 )

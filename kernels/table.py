@@ -15,6 +15,7 @@ from .attention import attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear_act import gate_up, linear_act
 from .moe import moe_experts
+from .norm_products import JOINT
 from .op import Kernel, Op, Signature
 from .paged_attention import paged_attention
 from .qkv_rope import qkv_rope
@@ -43,6 +44,7 @@ OPS: Final[Mapping[str, Op]] = MappingProxyType(
             gate_up,
             qkv_rope,
             moe_experts,
+            *JOINT.values(),
         )
     }
 )
@@ -71,6 +73,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             moe_torch,
             moe_triton,
             moe_wgmma,
+            norm_gemv_triton,
             paged_attention_contiguous,
             paged_attention_triton,
             qkv_rope_stream,
@@ -107,6 +110,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             moe_triton,
             moe_wgmma,
             moe_torch,
+            norm_gemv_triton,
         ):
             for kernel in module.KERNELS:
                 found[kernel.op.name].append(kernel)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from ..kernels import choice, tuning
 from ..kernels.linear_act import linear_act
 from ..kernels.op import Kernel, Op
 from ..kernels.table import PROVIDERS, op_of
+from . import pairs
+from .early import at_rest, moving_of
 
 
 def lower(program: Program, context: Context) -> PassResult:
@@ -40,6 +41,7 @@ def lower(program: Program, context: Context) -> PassResult:
     bound: dict[Any, Any] = {}
     given = (InputKind.USER, InputKind.STEP, InputKind.PAGES)
     weights = {node for node, input in program.placeholder_inputs().items() if input.kind not in given}
+    joint = pairs.find(graph, weights, context.settings.device, context.evaluator, result)
     for node in list(graph.nodes):
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
         op = linear_act if plain else op_of(node.target)
@@ -51,7 +53,7 @@ def lower(program: Program, context: Context) -> PassResult:
             node.target = linear_act.overload
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         signature = op.signature(*args, **kwargs)
-        moving = _moving(node, op, weights)
+        moving = moving_of(node, op, weights)
         key = (op.name, repr(signature), moving)
         if key not in chosen:
             chosen[key] = _choose(graph, node, op, signature, moving, context, result, refusals, places)
@@ -63,6 +65,7 @@ def lower(program: Program, context: Context) -> PassResult:
         result.rewrites.append(
             Rewrite("lower", module_of(node), source_of(node), f"{op.name} -> {provider}", (node.name,), (node.name,))
         )
+    pairs.join(graph, joint, result)
     for (name, provider, reason), count in refusals.items():
         node = places[name, provider, reason]
         result.misses.append(
@@ -86,17 +89,6 @@ def _plain_linears() -> tuple[Kernel, ...]:
     """PyTorch's first: without a measurement nothing else computes a plain linear layer."""
     kernels = {k.provider: k for k in PROVIDERS.get("linear_act", ())}
     return tuple(kernels[p] for p in ("cublas", "skinny", "wgmma", "stream") if p in kernels)
-
-
-def _moving(node: fx.Node, op: Op, weights: Collection[fx.Node]) -> frozenset[str]:
-    """The tensor arguments that are no weights: kernels shortly before the node's may write them."""
-    names = [argument.name for argument in op.overload._schema.arguments]
-    named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return frozenset(
-        name
-        for name, value in named.items()
-        if isinstance(value, fx.Node) and value not in weights and value.op != "get_attr"
-    )
 
 
 def _choose(
@@ -134,22 +126,10 @@ def _choose(
     return tuple(found)
 
 
-def _at_rest(kernel: Kernel) -> Callable[..., Any]:
-    """Its `run`, begun when what it reads early is written: packed weights are made right in front of a check."""
-    if not kernel.early or not torch.cuda.is_available():
-        return kernel.run
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        torch.cuda.synchronize()
-        return kernel.run(*args, **kwargs)
-
-    return run
-
-
 def _check(graph: fx.Graph, node: fx.Node, kernel: Kernel, evaluator: Evaluator) -> tuple[Check | None, str | None]:
     """The kernel against the node's own op, and what is wrong with it, if anything."""
     with graph.inserting_after(node):
-        trial = graph.call_function(_at_rest(kernel), node.args, node.kwargs)
+        trial = graph.call_function(at_rest(kernel), node.args, node.kwargs)
     try:
         check = compare(evaluator, [node], [node], [trial], [trial], meaning=False)
     except Exception as error:

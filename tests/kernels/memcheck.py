@@ -78,6 +78,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("add_rms_norm", (x, x, weight, 1e-6, 1.0, None, dtype), {}),
         ("layer_norm", (x, weight, weight, 1e-5), {}),
         ("add_layer_norm", (x, x, weight, weight, 1e-5), {}),
+        ("norm_linear_act", (x, x, weight, 1e-6, 0.0, None, dtype, randn(19, 77), randn(19), "gelu"), {}),
         ("softmax", (x, None, dtype), {}),
         ("softmax", (randn(3, 17001), torch.float32, dtype), {}),
         ("rope", (q, cos, sin, "half"), {}),

@@ -47,7 +47,7 @@ def test_arguments_fit_their_ops_and_have_a_cost() -> None:
             case.op.signature(**small)
 
 
-@pytest.mark.parametrize("name", sorted(set(cases()) - ATTENTION - {"moe_experts", "qkv_rope"}))
+@pytest.mark.parametrize("name", sorted(set(cases()) - ATTENTION - {"moe_experts", "qkv_rope", "norm_qkv_rope"}))
 def test_peers_compute_the_same(name: str) -> None:
     case = cases(torch.float32)[name][0]
     arguments = case.arguments(torch.device("meta"))

@@ -18,6 +18,7 @@ from regraft.kernels.cost import Cost, nbytes, sizes
 from regraft.kernels.launch import INTERPRETED, collapse
 from regraft.kernels.layer_norm import add_layer_norm, layer_norm
 from regraft.kernels.linear_act import gate_up, linear_act
+from regraft.kernels.norm_products import JOINT, norm_gate_up, norm_linear_act, norm_qkv_rope
 from regraft.kernels.op import Op, TensorSpec
 from regraft.kernels.paged_attention import paged_attention
 from regraft.kernels.qkv_rope import qkv_rope
@@ -38,7 +39,8 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
     cos, sin = torch.randn(2, 2, 1, 5, 6, dtype=HALF)
     square = torch.randn(6, 8, dtype=HALF)
     packed, ends = torch.randn(11, 4, 8, dtype=HALF), torch.tensor([0, 4, 4, 10], dtype=torch.int32)
-    normed = (True, 1e-6, 0.0, HALF, "half", None)
+    normed, plain = (True, 1e-6, 0.0, HALF, "half", None), (False, 0.0, 0.0, None, "half", None)
+    rounded, qkv_weight = (1e-6, 0.0, HALF, HALF), torch.randn(24, 8, dtype=HALF)
     pages = (torch.randn(5, 4, 2, 8, dtype=HALF), torch.randn(5, 4, 2, 8, dtype=HALF))
     slots, lengths = torch.tensor([-1, 3, 4, 17, 18, 19, 12, 13, 14, 15, -1]), torch.tensor([4, 0, 7]).int()
     table = torch.tensor([[0, 1, -1], [-1, -1, -1], [4, 3, -1]]).int()
@@ -65,7 +67,10 @@ def calls() -> list[tuple[Op, tuple[Any, ...]]]:
         (glu, (x[..., :4], x[..., 4:], "silu")),
         (linear_act, (x.transpose(0, 1), square, square[:, 0], "gelu")),
         (gate_up, (x, square, None, "silu")),
-        (qkv_rope, (x, torch.randn(24, 8, dtype=HALF), None, cos[0], sin[0], weight, weight, 1, 1, 8, *normed)),
+        (qkv_rope, (x, qkv_weight, None, cos[0], sin[0], weight, weight, 1, 1, 8, *normed)),
+        (norm_linear_act, (x, x[:, :], weight, *rounded, square, square[:, 0], "gelu")),
+        (norm_gate_up, (x, x[:, :], weight, *rounded, square, None, "silu")),
+        (norm_qkv_rope, (x, x[:, :], None, *rounded, qkv_weight, None, cos[0], sin[0], None, None, 1, 1, 8, *plain)),
     ]
 
 
@@ -165,7 +170,7 @@ def test_references_export_with_symbolic_shapes() -> None:
         program = program.run_decompositions({})
         targets = {op_of(node.target).name for node in program.graph.nodes if op_of(node.target)}
         others = {"rms_norm", "layer_norm", "activation", "moe_experts", "varlen_attention", "paged_attention"}
-        assert targets == set(OPS) - others
+        assert targets == set(OPS) - others - {op.name for op in JOINT.values()}
         for shape in [(1, 1, 64), (2, 5, 64), (1, 9, 64), (4, 1, 64)]:
             x = torch.randn(shape)
             assert torch.equal(program.module()(x, bias), block(x, bias))

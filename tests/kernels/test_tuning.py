@@ -65,6 +65,7 @@ def test_every_shape_has_a_configuration(limit: int) -> None:
                     few = {"M": min(rows, 64), "N": width, "K": width, "bytes": itemsize, "weights": weights}
                     one = skinny_triton.GemvMemory(itemsize, weights)
                     assert select_config("gemv", few, one, file=file, limit=limit) is not None
+                    assert select_config("norm_gemv", few, one, file=file, limit=limit) is not None
                     some = skinny_triton.SkinnyMemory(2, weights, skinny_triton.block_of_rows(rows))
                     assert select_config("skinny", few, some, file=file, limit=limit) is not None
                 for weights, aligned in product((1, 2), (True, False)):
@@ -99,6 +100,7 @@ def test_files_are_complete_and_their_features_exist(file: str) -> None:
         "moe_grouped": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k"), 1),
         "moe_grouped_down": dict.fromkeys(("P", "R", "E", "N", "K", "gated", "along_k", "BLOCK_T"), 1),
         "gemv": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
+        "norm_gemv": dict.fromkeys(("N", "K", "bytes", "weights"), 1),
         "skinny": dict.fromkeys(("M", "N", "K", "bytes", "weights"), 1),
     }
     entries = parse((tuning.DIRECTORY / f"{file}.json").read_text())

@@ -13,7 +13,7 @@ from torch import fx
 import regraft
 from regraft.kernels.linear_act import gate_up
 from regraft.kernels.op import Kernel
-from regraft.passes import lower
+from regraft.passes import early, lower
 
 
 def test_a_kernel_that_reads_a_packed_weight_is_compared_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,12 +37,12 @@ def test_a_kernel_that_reads_a_weight_early_takes_none_that_the_graph_computes(m
     computed = graph.call_function(torch.neg, (weight,))
     for given, moving in ((weight, {"x"}), (computed, {"x", "weight"}), (x, {"x", "weight"})):
         node = graph.call_function(gate_up.overload, (x, given, None), {"kind": "silu"})
-        assert lower._moving(node, gate_up, {weight}) == moving
+        assert early.moving_of(node, gate_up, {weight}) == moving
 
-    def early(*args: Any) -> torch.Tensor:
+    def reads_early(*args: Any) -> torch.Tensor:
         raise AssertionError("x is not at rest")
 
-    kernels = (Kernel(gate_up, "here", early, lambda signature: None, early=("x",)),)
+    kernels = (Kernel(gate_up, "here", reads_early, lambda signature: None, early=("x",)),)
     monkeypatch.setattr(lower, "PROVIDERS", MappingProxyType({"gate_up": kernels}))
     model = regraft.optimize(tiny_llama(1), verbose=False, on_error="raise")
     assert "gate_up -> reference" in {group.label for group in model.report.rewrites if group.rule == "lower"}
@@ -57,6 +57,6 @@ def test_a_kernel_that_reads_early_is_compared_when_all_is_written(monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("all"))
-    assert lower._at_rest(Kernel(gate_up, "here", run, lambda signature: None, early=("weight",)))("early") == "early"
-    assert lower._at_rest(Kernel(gate_up, "here", run, lambda signature: None)) is run
+    assert early.at_rest(Kernel(gate_up, "here", run, lambda signature: None, early=("weight",)))("early") == "early"
+    assert early.at_rest(Kernel(gate_up, "here", run, lambda signature: None)) is run
     assert done == ["all", "early"]

@@ -1,0 +1,94 @@
+"""Norms and the products behind them: one kernel for one row, their own for more, and the same numbers."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from flat_models import tiny
+from runtime_models import tiny_llama
+
+import regraft
+from regraft.compiler.cost import called_op
+from regraft.kernels.norm_products import JOINT
+from regraft.kernels.op import Kernel
+from regraft.kernels.table import PROVIDERS
+from regraft.kernels.tuning import Provided
+from regraft.passes import pairs
+
+
+def joint(monkeypatch: pytest.MonkeyPatch, error: float = 0.0, most: int = 1 << 20) -> list[tuple[str, int]]:
+    """Joint kernels, said to pay up to `most` rows of the weight; they note their op and their rows, and err."""
+    seen: list[tuple[str, int]] = []
+
+    def kernel_of(op: Any) -> Kernel:
+        def run(x: torch.Tensor, *rest: Any) -> Any:
+            seen.append((op.name, x.numel() // x.shape[-1]))
+            product, total = op.reference(x, *rest)
+            return product + error, total
+
+        return Kernel(op, "here", run, lambda signature: None)
+
+    kernels = {op.name: (kernel_of(op),) for op in JOINT.values()}
+    monkeypatch.setattr(pairs, "PROVIDERS", MappingProxyType(kernels))
+    entries = {op.name: (Provided((("N", 0, most), ("M", 1, 1)), "here"),) for op in JOINT.values()}
+    monkeypatch.setattr(pairs.tuning, "providers", lambda file: entries)
+    return seen
+
+
+def labels(model: Any) -> dict[str, int]:
+    return {group.label: group.count for group in model.report.rewrites if group.rule == "lower"}
+
+
+def test_one_row_takes_the_joint_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = joint(monkeypatch)
+    ids = torch.arange(12).view(1, 12) % 7
+    plain = tiny_llama(3)
+    want = [plain(i).logits for i in (ids, ids[:, :1])]
+    model = regraft.optimize(tiny_llama(3), verbose=False, on_error="raise")
+    found = labels(model)
+    assert found["norm_gate_up -> here (one row)"] == 3
+    assert found["norm_qkv_rope -> here (one row)"] == 2  # the first norm has no sum in front
+    assert len(seen) == 2  # one check of each signature
+    torch.testing.assert_close(model(ids).logits, want[0], rtol=1e-5, atol=1e-5)
+    assert all(rows > 1 for _, rows in seen)
+    model(ids)
+    checked = len(seen)
+    model(ids)
+    assert len(seen) == checked
+    torch.testing.assert_close(model(ids[:, :1]).logits, want[1], rtol=1e-5, atol=1e-5)
+    assert [rows for _, rows in seen[checked:]] == [1] * 5
+
+
+def test_decoding_one_sequence_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("qwen3", layers=2), torch.tensor([[3, 1, 4, 1, 5]])
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)
+    seen = joint(monkeypatch)
+    model = regraft.optimize(model, verbose=False, on_error="raise")
+    checked = len(seen)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), want)
+    assert sum(rows == 1 for _, rows in seen[checked:]) >= 3 * 5
+
+
+def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = joint(monkeypatch, most=200)
+    model = regraft.optimize(tiny_llama(2), verbose=False, on_error="raise")
+    assert [label for label in labels(model) if "one row" in label] == ["norm_qkv_rope -> here (one row)"]
+    assert {name for name, _ in seen} == {"norm_qkv_rope"}
+
+
+def test_a_lowered_pair_is_still_known_as_its_op() -> None:
+    """What a graph means one precision up is asked of the ops' references."""
+    for op in JOINT.values():
+        for kernel in PROVIDERS[op.name]:
+            assert called_op(pairs.by_rows(kernel, lambda *_: None, lambda *_: None)) is op
+
+
+def test_a_joint_kernel_that_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = joint(monkeypatch, error=0.5)
+    model = regraft.optimize(tiny_llama(2), verbose=False, on_error="raise")
+    assert not any("one row" in label for label in labels(model))
+    assert len(seen) == 2
+    assert any("here kernel" in reverted.reason for done in model.report.passes for reverted in done.reverted)
