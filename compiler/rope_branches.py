@@ -118,9 +118,8 @@ def branch_free_rope(model: nn.Module) -> Iterator[None]:
         for module in changed:
             for name, original in _swapped(module):
                 held = module._buffers.get(name)
-                if held is not None and held is getattr(
-                    module, original, None
-                ):  # else the graph calls both by one name
+                tied = getattr(module, original, None) is held
+                if isinstance(held, Tensor) and tied:  # a graph would call both by one name
                     shared.append((module, name, held))
                     module._buffers[name] = held.clone()
             module.__dict__["forward"] = _branch_free(module)

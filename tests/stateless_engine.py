@@ -17,7 +17,7 @@ from regraft.runtime.decoding.sequences import Sequence
 class StatelessEngine:
     rows = 12
     longest = None
-
+    counts_padding = False
     encoder = None
 
     def __init__(self, model: Any) -> None:

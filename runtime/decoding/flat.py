@@ -28,7 +28,7 @@ from ..build import Builder, Unserved, evaluating
 from ..checks import adapted
 from ..dispatch import Dispatch
 from .encoder import RENAMED, EncoderProgram, as_decoder, is_encoder_decoder, sees_masked
-from .flat_check import Checked, check, check_beyond, check_scaled, states_of
+from .flat_check import Checked, check, check_beyond, check_scaled, counts_padding, states_of
 from .program import FlatProgram, Step
 
 __all__ = ["FlatProgram", "LayerSpec", "Step", "Unserved", "flat_program"]
@@ -79,6 +79,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
         record.generate = {"paged": False, "reason": reason}
         log.info("%s is not generated from pages: %s", record.model, reason)
         return Unserved(reason)
+    flat.counts_padding = counts_padding(flat, builder)
     flat.unbind()
     record.generate = {
         "paged": True,
@@ -100,6 +101,7 @@ def make_scaled(builder: Builder, exact: FlatProgram, page_dtype: torch.dtype) -
     flat = _compiled(builder, exact.captured, exact.encoder, page_dtype)
     before = [p.recipe for p in builder.weights.packs.values()]
     builder.weights.pack(flat.recipes)
+    flat.counts_padding = exact.counts_padding
     losses = builder.record.generate.setdefault("losses", {})
     name = str(page_dtype).removeprefix("torch.")
     try:

@@ -14,6 +14,7 @@ flat program's error may be at most twice the original's plus a few ulp.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -31,7 +32,7 @@ from ..certificate import named_outputs
 from ..checks import dtype_of
 from ..oracle import run_oracle, run_reference
 from .book import Book
-from .encoder import EncoderProgram, as_decoder, width_of
+from .encoder import RENAMED, EncoderProgram, as_decoder, width_of
 from .program import FlatProgram
 
 LENGTHS: Final = (19, 26, 4)
@@ -41,6 +42,10 @@ CHUNK: Final = 17
 DECODED: Final = 2
 STATES_SEEN: Final = (21, 5, 40)
 """States of the encoder beside which they are decoded, where there is one."""
+PADDING: Final = 5
+"""Tokens in front of a prompt."""
+MOVED: Final = 1e-2
+"""Root mean square of a difference, as a share of the logits, from which tokens stand at other positions."""
 _LONGEST: Final = 96
 LOSS: Final = 0.1
 """Root mean square of what pages of few bits may change, as a share of the logits."""
@@ -158,6 +163,35 @@ def check_beyond(flat: FlatProgram, builder: Builder, end: int, bound: float) ->
             raise CacheError(f"its code takes at most {end} tokens in all") from error
     if distance(results[1], results[0]).largest > 2 * bound:
         raise CacheError(f"more than {end} tokens in all change its logits")
+
+
+@torch.no_grad()
+def counts_padding(flat: FlatProgram, builder: Builder) -> bool:
+    """Whether padding in front of a prompt moves its tokens: positions that the model counts by itself, past the mask.
+
+    Where positions are an argument, `generate` counts them from the first token that is none.
+    """
+    module, forward = builder.module, builder.original
+    beside, taken = bool(flat.encoder), inspect.signature(forward).parameters
+    mask_name = "decoder_attention_mask" if beside else "attention_mask"
+    if (RENAMED["position_ids"] if beside else "position_ids") in taken or mask_name not in taken:
+        return False
+    tokens = _sequences(flat, builder)[0]
+    padding = min(PADDING, len(tokens) - 1)
+    ids = torch.stack([tokens, torch.cat([tokens[:1].expand(padding), tokens[:-padding]])])
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, mask_name: mask}
+    if beside:
+        forward, states = as_decoder(forward), _states(flat, builder)[0]
+        inputs[STATES] = states.expand(2, *states.shape[1:])
+    try:
+        output = run_oracle(module, forward, inputs, higher(dtype_of(module)))
+    except Exception:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
+        output = run_reference(module, forward, inputs)
+    logits = named_outputs(output)["logits"].double()
+    alone, padded = logits[0, -1 - padding], logits[1, -1]
+    return distance(padded, alone).rms > MOVED * magnitude(alone).rms
 
 
 @torch.no_grad()

@@ -49,6 +49,10 @@ class Serves(Protocol):
         """Tokens of a sequence beyond which only HuggingFace's loop goes on; None: what is longer is an error."""
 
     @property
+    def counts_padding(self) -> bool:
+        """Whether only HuggingFace's loop can say what a prompt behind padding is."""
+
+    @property
     def encoder(self) -> Keeps | None:
         """What keeps an encoder's states; None where the model has no encoder."""
 
@@ -223,7 +227,11 @@ class PrepareCache:
         if engine is not None and engine.encoder is not None:
             reason = refused_states(arguments, engine.encoder)
         if engine is not None and reason is None:
-            reason = too_long(engine, own, length) or (too_many(engine, arguments) if call.in_step else None)
+            reason = (
+                moved(engine, own)
+                or too_long(engine, own, length)
+                or (too_many(engine, arguments) if call.in_step else None)
+            )
         if reason is not None:
             engine = None
             decoding.say(f"{reason}: served by HuggingFace's loop")
@@ -290,7 +298,8 @@ class Generate:
         if isinstance(engine, str) or engine.encoder is not None:
             return None
         length = known.input_ids.shape[1] + recipe.max_new_tokens
-        if too_long(engine, {"attention_mask": known.mask}, length) is not None:
+        mask = {"attention_mask": known.mask}
+        if (moved(engine, mask) or too_long(engine, mask, length)) is not None:
             return None
         with torch.no_grad():
             requests = requests_of(recipe, known)
@@ -449,6 +458,14 @@ def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
     if not isinstance(batch, Tensor) or batch.shape[0] <= engine.rows:
         return None
     return f"{batch.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
+
+
+def moved(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
+    """Why padding keeps a call from the engine, or None."""
+    mask = arguments.get("attention_mask")
+    if not engine.counts_padding or not isinstance(mask, Tensor) or bool(mask.all()):
+        return None
+    return "padding, over which this model counts its positions"
 
 
 def too_long(engine: Serves, arguments: Mapping[str, Any], length: int) -> str | None:

@@ -93,6 +93,8 @@ class FlatProgram:
         """The most tokens that a sequence may have; `program.longest` says why."""
         self.tabulated = program.tabulated
         """The most tokens for which there are values of positions; None: they are computed."""
+        self.counts_padding = False
+        """Whether the model itself gives tokens behind padding other positions than they have here."""
         self.captured: Program | None = None
         """The forward over flat tokens as it was captured."""
         self._weights = weights

@@ -40,6 +40,11 @@ class Paged:
         return self.limits.max_batch_size
 
     @property
+    def counts_padding(self) -> bool:
+        """Whether the model gives tokens behind padding other positions than they have alone."""
+        return self.flat.counts_padding
+
+    @property
     def encoder(self) -> Keeps | None:
         """What keeps an encoder's states, where the model has one."""
         return self.engine if self.flat.encoder is not None else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 from transformers.generation.streamers import BaseStreamer
 
@@ -66,6 +67,28 @@ def test_tokens_are_huggingfaces(name: str) -> None:
         assert model.report.record.generated == {FAST: 1, PAGES: 1}
         engine = model.generate.decoding.engine().engine
         engine.executor.tables.check([])  # no page is held
+
+
+def test_padding_that_moves_positions_is_for_huggingface() -> None:
+    """A decoder that counts its positions past the mask: padded prompts are not what they are alone."""
+    torch.manual_seed(0)
+    config = tf.TrOCRConfig(
+        vocab_size=zoo.VOCAB, d_model=48, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    model = tf.TrOCRForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.mul_(30)
+    calls: list[dict[str, Any]] = [{}, {"num_beams": 3}, {}]
+    prompt = ragged()
+    expected = [model.generate(**prompt, **call, max_new_tokens=NEW) for call in calls]
+    whole = {"input_ids": torch.randint(3, zoo.VOCAB, (3, 9)), "pad_token_id": zoo.PAD, "max_new_tokens": NEW}
+    without = model.generate(**whole)
+    model = regraft.optimize(model, verbose=False, decoding={"max_seq_len": 64, "max_batch_size": 9})
+    assert torch.equal(model.generate(**whole), without)
+    with pytest.warns(RegraftWarning, match="padding, over which this model counts its positions"):
+        actual = [model.generate(**prompt, **call, max_new_tokens=NEW) for call in calls]
+    assert all(map(torch.equal, actual, expected))
+    assert model.report.record.generated == {FAST: 1, HUGGINGFACE: 3}
 
 
 def test_scores_over_pages() -> None:
