@@ -7,6 +7,7 @@ the same columns, and multiplies at the end. What a norm of its own would round 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -161,6 +162,9 @@ def _norm_gemv_kernel(
         tl.store(y_ptr + t * N + n, y.to(dtype), mask=wanted)
 
 
+Refusal = Callable[[Signature], str | None]
+
+
 @dataclass(frozen=True)
 class _Turn:
     """The heads that are rotated behind the product."""
@@ -282,7 +286,7 @@ def norm_qkv_rope(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _supports(product: Op, refuse: Any) -> Any:
+def _supports(product: Op, refuse: Refusal) -> Refusal:
     """Why a joint call cannot be computed: its norm, its product, or a norm that leaves the weight's dtype."""
 
     def supports(signature: Signature) -> str | None:
