@@ -18,6 +18,8 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
+from ..kernels.linear_act import linear_act
+from ..kernels.norm_products import PARTS
 from ..kernels.qkv_rope import qkv_rope
 from .cost import called_op
 from .opset import CASTS, Role, arguments, role_of
@@ -115,14 +117,27 @@ def _number(config: Any, name: str) -> int:
 
 
 def _ops(nodes: Iterable[fx.Node], names: frozenset[str]) -> list[fx.Node]:
-    return [n for n in nodes if (op := called_op(n.target)) is not None and op.name in names]
+    return [n for n in nodes if not names.isdisjoint(_names(n))]
+
+
+def _names(node: fx.Node) -> frozenset[str]:
+    """The op of ours that a node computes; both where it is a joint one."""
+    op = called_op(node.target)
+    return frozenset() if op is None else frozenset(PARTS.get(op.name, (op.name,)))
 
 
 def _heads(nodes: Iterable[fx.Node], *, normalised: bool) -> list[fx.Node]:
     """Fused projections, each once for q and once for k; with `normalised` those that have norms."""
     fused = _ops(nodes, frozenset([QKV_ROPE]))
-    place = [a.name for a in qkv_rope.overload._schema.arguments].index("norm")  # also of the kernels' arguments
-    return [n for n in fused for _ in range(2) if not normalised or n.args[place]]
+    return [n for n in fused for _ in range(2) if not normalised or _given(n)["norm"]]
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node of ours by name; kernels take those of their op."""
+    op = called_op(node.target)
+    assert op is not None
+    names = [a.name for a in op.overload._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _kind(what: str, found: list[fx.Node], left: list[fx.Node], why: str) -> Expectation:
@@ -262,13 +277,10 @@ def _siblings(what: str, consumers: list[fx.Node], operands: tuple[str, ...]) ->
     """Operands of one consumer that come from several linears of one input count as left unfused."""
     found, missing = 0, []
     for node in consumers:
-        op = called_op(node.target)
-        assert op is not None
-        if op.name == "gate_up":
+        if "gate_up" in _names(node):
             found += 1
             continue
-        names = [a.name for a in op.overload._schema.arguments]
-        values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        values = _given(node)
         origins = [_linears(values.get(name)) for name in operands]
         by_input: dict[Any, set[fx.Node]] = defaultdict(set)
         for linear in set().union(*origins):
@@ -291,13 +303,13 @@ def _linears(value: Any) -> set[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        op = called_op(node.target)
-        if node.target in LINEARS or (op is not None and op.name == QKV_ROPE):
+        names = _names(node)
+        if node.target in LINEARS or not names.isdisjoint({linear_act.name, QKV_ROPE}):
             found.add(node)
             continue
         passes_on = role_of(node) in (Role.VIEW, Role.CAST) or node.target in (operator.getitem, aten.cat.default)
         passes_on = passes_on or getattr(node.target, "_opname", "") in ELEMENTWISE
-        if passes_on or (op is not None and op.name in NORMS | ROPES | {"activation"}):
+        if passes_on or not names.isdisjoint(NORMS | ROPES | {"activation"}):
             first = node.args[0]
             stack.extend(n for n in (first if isinstance(first, list | tuple) else [first]) if isinstance(n, fx.Node))
     return found

@@ -85,8 +85,8 @@ def _norm_gemv_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    t = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    t = tl.program_id(0).to(tl.int64)  # of this dimension of a grid there may be any number
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     wanted = n < N
     n = tl.minimum(n, N - 1)
@@ -108,7 +108,7 @@ def _norm_gemv_kernel(
         inside = k < K
         w, up = load_early(w_ptrs, up_ptrs, inside[None, :], GATED or ROPE, PDL)
         h, total = _sum_of(x_ptrs, r_ptrs, g_ptr + k * stride_g, offset, inside, HAS_GAIN, SUM_DTYPE)
-        tl.store(s_ptrs, total, mask=inside & (tl.program_id(0) == 0))
+        tl.store(s_ptrs, total, mask=inside & (tl.program_id(1) == 0))
         squares = total.to(tl.float32) * total.to(tl.float32)
         acc = w.to(tl.float32) * h[None, :]
         up_acc = up.to(tl.float32) * h[None, :]
@@ -122,7 +122,7 @@ def _norm_gemv_kernel(
             w = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
             g_ptrs = g_ptr + (start + k) * stride_g
             h, total = _sum_of(x_ptrs + start, r_ptrs + start, g_ptrs, offset, inside, HAS_GAIN, SUM_DTYPE)
-            tl.store(s_ptrs + start, total, mask=inside & (tl.program_id(0) == 0))
+            tl.store(s_ptrs + start, total, mask=inside & (tl.program_id(1) == 0))
             squares += total.to(tl.float32) * total.to(tl.float32)
             acc += w.to(tl.float32) * h[None, :]
             if GATED or ROPE:
@@ -203,7 +203,7 @@ def _run(
     with on_device(x):
         launch(
             _norm_gemv_kernel,
-            (triton.cdiv(n, config["ROWS"]), rows.shape[0]),
+            (rows.shape[0], triton.cdiv(n, config["ROWS"])),
             rows,
             beside,
             x if gain is None else gain,

@@ -118,3 +118,8 @@ JOINT: Final[Mapping[str, Op]] = MappingProxyType(
     {linear_act.name: norm_linear_act, gate_up.name: norm_gate_up, qkv_rope.name: norm_qkv_rope}
 )
 """The joint op by the product's name."""
+
+PARTS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {joint.name: (add_rms_norm.name, product) for product, joint in JOINT.items()}
+)
+"""The ops that a joint op stands for, by its name."""

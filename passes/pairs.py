@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..compiler.provenance import module_of, source_of
 from ..compiler.records import Check, PassResult, Reverted, Rewrite
@@ -99,7 +100,11 @@ def _norm_in_front(product: fx.Node, order: dict[fx.Node, int]) -> fx.Node | Non
     if len({i.args[1] for i in items}) < len(items):  # read twice
         return None
     rest = choice.arranged(op, product.args, product.kwargs)[1:]
-    if item in rest or any(order[user] < order[product] for i in items if i is not item for user in i.users):
+    if item in rest or any(order[user] <= order[product] for i in items if i is not item for user in i.users):
+        return None
+    if free_unbacked_symbols(
+        item.meta["val"]
+    ):  # which kernels run is for the arguments' shapes to say: `choice.noting`
         return None
     return norm
 

@@ -11,6 +11,7 @@ import torch
 
 from ..compiler.device import device_for
 from ..compiler.verify import bound_for, distance, higher
+from ..kernels.norm_products import JOINT
 from ..kernels.op import Kernel
 from ..kernels.table import PROVIDERS
 from .report import versions
@@ -76,7 +77,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, An
     cos, sin = (t.to(device, dtype) for t in (angles.cos(), angles.sin()))
     kv = rand(2, 2, 37, 64)
     bias = rand(80)
-    return {
+    found: dict[str, dict[str, Any]] = {
         "rms_norm": {"x": row, "weight": rand(96), "eps": 1e-6},
         "add_rms_norm": {"x": row, "residual": rand(3, 7, 96), "weight": rand(96), "eps": 1e-6},
         "layer_norm": {"x": row, "weight": rand(96), "bias": rand(96), "eps": 1e-5},
@@ -140,6 +141,12 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, An
         },
         "gate_up": {"x": row, "weight": rand(160, 96) / 10, "bias": None, "kind": "silu"},
     }
+    norm = {"norm_weight": rand(96), "norm_eps": 1e-6, "norm_offset": 0.0}
+    rounded = {"norm_mid_dtype": dtype, "norm_out_dtype": dtype}
+    for name, joint in JOINT.items():
+        residual = rand(*found[name]["x"].shape)
+        found[joint.name] = {"residual": residual, **norm, **rounded, **found[name]}
+    return found
 
 
 def _widen(value: Any, dtype: torch.dtype) -> Any:

@@ -92,6 +92,17 @@ def test_views_and_what_does_not_fit(device: str) -> None:
     assert product.shape == (1, 0, 24) and total.shape == (1, 0, 64)
 
 
+def test_a_grid_takes_as_many_rows_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compared on all rows of the first call; dimensions of a grid but the first end at 65535."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(norm_gemv_triton, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(norm_gemv_triton, "overlaps", lambda x: {"PDL": False})
+    weight, _ = linear(24, 8, torch.float16, "cpu")
+    norm_gemv_triton.norm_linear_act(*normed(70000, 8, torch.float16, "cpu"), weight, None, "silu")
+    ((first, *others),) = grids
+    assert first == 70000 and all(1 <= size < 65536 for size in others)
+
+
 @on_devices
 def test_triton_refuses(device: str) -> None:
     (kernel,) = (k for k in norm_gemv_triton.KERNELS if k.op is norm_gate_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import MappingProxyType
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from flat_models import tiny
 from runtime_models import tiny_llama
+from torch import fx, nn
 
 import regraft
 from regraft.compiler.cost import called_op
+from regraft.kernels.linear_act import linear_act
 from regraft.kernels.norm_products import JOINT
 from regraft.kernels.op import Kernel
+from regraft.kernels.rms_norm import add_rms_norm
 from regraft.kernels.table import PROVIDERS
 from regraft.kernels.tuning import Provided
 from regraft.passes import pairs
@@ -92,3 +96,70 @@ def test_a_joint_kernel_that_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
     assert not any("one row" in label for label in labels(model))
     assert len(seen) == 2
     assert any("here kernel" in reverted.reason for done in model.report.passes for reverted in done.reverted)
+
+
+def test_what_should_be_found_is_found_in_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts of norms, rotations and projections are those of the same model without pairs."""
+    for make in (tiny_llama, lambda layers: tiny("qwen3", layers=layers)):
+        apart = regraft.optimize(make(2), verbose=False, on_error="raise").report.to_dict()["expected"]
+        with monkeypatch.context() as patched:
+            joint(patched)
+            kernels = {op.name: (Kernel(op, "here", op.reference, lambda _: None),) for op in JOINT.values()}
+            patched.setattr(pairs, "PROVIDERS", MappingProxyType(kernels))
+            model = regraft.optimize(make(2), verbose=False, on_error="raise")
+        assert any("one row" in label for label in labels(model))
+        assert model.report.to_dict()["expected"] == apart
+
+
+class Norm(nn.Module):
+    """As models write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Gated(nn.Module):
+    """Two gated products with a norm in between, on the rows that a mask picks or on all."""
+
+    def __init__(self, picked: bool) -> None:
+        super().__init__()
+        self.picked, self.norm = picked, Norm(16)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return found
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = x[mask] if self.picked else x * mask[..., None]
+        x = x + self.mlp(x)
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_rows_that_depend_on_data_decide_nothing(picked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are repeated by the shapes of the arguments alone (`choice.following`), and so are the kernels they run."""
+    joint(monkeypatch)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[True, False, True, False, False], [True, True, False, True, False]])
+    model = Gated(picked).eval()
+    want = model(x, mask)
+    model = regraft.optimize(model, verbose=False, on_error="raise")
+    torch.testing.assert_close(model(x, mask), want, rtol=1e-5, atol=1e-5)
+    assert any("one row" in label for label in labels(model)) is not picked
+
+
+def test_a_sum_that_the_product_reads_itself_keeps_the_nodes_apart() -> None:
+    graph = fx.Graph()
+    x, residual, weight = (graph.placeholder(name) for name in ("x", "residual", "weight"))
+    norm = graph.call_function(add_rms_norm.overload, (x, residual, None, 1e-6))
+    normed, total = (graph.call_function(operator.getitem, (norm, i)) for i in (0, 1))
+    normed.meta["val"] = torch.empty(4, 8)
+    for bias, found in ((None, norm), (total, None), (normed, None)):
+        product = graph.call_function(linear_act.overload, (normed, weight, bias, "silu"))
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        assert pairs._norm_in_front(product, order) is found
+        graph.erase_node(product)
