@@ -23,6 +23,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from .errors import CaptureError, first_lines
 from .program import Input, InputKind, Program
+from .strided import keep_layouts
 
 _ATTRIBUTE = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
 
@@ -73,6 +74,10 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
             ).run_decompositions({})
     except Exception as error:
         raise CaptureError("", f"Dynamo's graph cannot be exported: {first_lines(error)}") from error
+    try:
+        keep_layouts(exported.graph_module.graph)
+    except ValueError as error:
+        raise CaptureError("", str(error)) from error
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("", "the graph writes to its inputs")

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind as ExportKind
 
 from .program import Guard, Input, InputKind, Limits
+from .strided import keep_layouts
 
 _CHECKS = {
     torch.ops.aten._assert_tensor_metadata.default,
@@ -25,7 +26,8 @@ _CHECKS = {
 def lift(exported: ExportedProgram, prefix: str, model: nn.Module) -> tuple[fx.GraphModule, list[Input]]:
     """The graph and its inputs. Names lose `prefix` (the wrapper that was exported); tied weights become one input.
 
-    Checks on sizes go: `Limits` has them. Raises `ValueError` where the forward writes to an input or a buffer.
+    Checks on sizes go: `Limits` has them. Raises `ValueError` where the forward writes to an input or a buffer, or
+    where it reads memory that no graph can lay out.
     """
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -33,6 +35,7 @@ def lift(exported: ExportedProgram, prefix: str, model: nn.Module) -> tuple[fx.G
         raise ValueError(f"the forward writes to {', '.join(str(w).removeprefix(prefix) for w in written)}")
     graph = exported.graph_module.graph
     _drop_size_checks(graph)
+    keep_layouts(graph)
     tensors = _named_tensors(model)
     specs = {getattr(spec.arg, "name", ""): spec for spec in signature.input_specs}
     first: dict[int, fx.Node] = {}

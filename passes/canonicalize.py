@@ -278,7 +278,7 @@ def _no_op(node: fx.Node, source: fx.Node) -> str | None:
         return "alias"
     if target in CASTS:
         return "no-op cast"
-    if target is aten.clone.default:
+    if target is aten.clone.default and not any(u.target is aten.as_strided.default for u in node.users):
         return "clone"
     if target in RESHAPES:
         return "no-op reshape"
