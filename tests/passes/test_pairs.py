@@ -163,3 +163,11 @@ def test_a_sum_that_the_product_reads_itself_keeps_the_nodes_apart() -> None:
         order = {node: index for index, node in enumerate(graph.nodes)}
         assert pairs._norm_in_front(product, order) is found
         graph.erase_node(product)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_a_large_sum_hides_no_error_of_the_product(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    joint(monkeypatch, error=error)
+    model = regraft.optimize(Gated(False).eval(), verbose=False, on_error="raise")
+    model(torch.randn(2, 5, 16) * 1e7, torch.ones(2, 5, dtype=torch.bool))
+    assert any("one row" in label for label in labels(model)) is (error == 0.0)
