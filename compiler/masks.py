@@ -10,7 +10,7 @@
 
 The mask (or the additive float mask, the op's `bias`) reads shapes, positions and padding, never activations. Its
 backward slice is run at several sizes, with padding left, right, in holes and none, and with arbitrary values in every
-integer input, and compared with
+integer input, and compared with (one that floating inputs show in, as an additive mask of the caller's, stays)
 
     visible[b, h, q, k] = (left < 0 or k >= p - left) and (right < 0 or k <= p + right) and key_mask[b, k]
     where p = q + K - Q
@@ -119,6 +119,9 @@ class Masks:
         alone = Slice.of(self.program, [source], self.model)
         if reads_activations(source):
             return Description("bias", argument, reason="it is computed from activations")
+        if self._holds_floats(alone, lengths):
+            names = ", ".join(alone.users_by_value)
+            return Description("values", argument, reason=f"it depends on numbers in {names}, of which any may come")
         fitted = self._fit(alone, argument, lengths)
         if not fitted.replaceable:
             return fitted
@@ -132,6 +135,22 @@ class Masks:
         names = ", ".join(alone.users_by_value) or "nothing"
         reason = f"it depends on the values of {names} in another way than by padding"
         return Description("values", argument, reason=reason)
+
+    def _holds_floats(self, piece: Slice, lengths: tuple[Any, Any]) -> bool:
+        """Whether floating inputs show in the mask: an additive mask of the caller's, all zeros in a sample."""
+        sizes = list(self._sizes(lengths))[1]
+        tensors = sample(self.program, sizes)
+        floats = [n for n in piece.users_by_value if tensors[n].is_floating_point()]
+        if not floats:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        others = dict(tensors)
+        for name in floats:
+            lowest = torch.rand(tensors[name].shape, generator=generator) < 0.5
+            others[name] = tensors[name].masked_fill(
+                lowest.to(tensors[name].device), torch.finfo(tensors[name].dtype).min
+            )
+        return not torch.equal(piece(tensors)[0], piece(others)[0])
 
     def _fit(self, piece: Slice, argument: str, lengths: tuple[Any, Any]) -> Description:
         """The window of the mask without padding at the largest sampled size, checked at that size."""

@@ -53,6 +53,20 @@ def test_a_guard_that_fails_switches_to_the_graph_with_masks() -> None:
     assert asked == [(1, 11)], "asked once for these sizes, on one row"
 
 
+def test_an_additive_mask_of_the_caller_stays() -> None:
+    """The first one hides nothing, and what comes later under the same sizes does."""
+    model, _ = zoo.build("llama", layers=1)
+    ids = torch.randint(3, 100, (2, 6))
+    open_mask = torch.zeros(2, 1, 6, 6)
+    masks = [open_mask, torch.full_like(open_mask, torch.finfo(torch.float32).min).triu(1)]
+    with torch.no_grad():
+        expected = [model(ids, attention_mask=mask).logits for mask in masks]
+    optimized = regraft.optimize(model, example_inputs={"input_ids": ids, "attention_mask": open_mask}, verbose=False)
+    for mask, logits in zip(masks, expected, strict=True):
+        assert (optimized(ids, attention_mask=mask).logits - logits).abs().max() < 1e-5
+    assert optimized.report.calls == {"graph": 2, "original": 0} and not optimized.report.reverted
+
+
 def test_guards_hold_at_sizes_that_were_never_sampled() -> None:
     model, _ = zoo.build("gemma2")
     optimized = regraft.optimize(model, example_inputs={"input_ids": torch.randint(3, 100, (2, 9)), "use_cache": False})
