@@ -131,7 +131,7 @@ def _right(graph: fx.Graph, pair: Pair, evaluator: Evaluator | None, result: Pas
     check: Check | None = None
     wrong = None
     try:
-        for (output, old), made in zip(sides, new, strict=True):  # apart: beside a large sum a wrong product looks right
+        for (output, old), made in zip(sides, new, strict=True):  # apart: a large sum would hide a wrong product
             check = compare(evaluator, old, [output], [trial, made], [made], meaning=False)  # type: ignore[arg-type]
             if not check.passed:
                 wrong = f"errs by {check.error_after:.3g}, allowed {check.bound:.3g}"

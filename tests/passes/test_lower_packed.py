@@ -35,7 +35,10 @@ def test_a_kernel_that_reads_a_weight_early_takes_none_that_the_graph_computes(m
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     computed = graph.call_function(torch.neg, (weight,))
-    for given, moving in ((weight, {"x"}), (computed, {"x", "weight"}), (x, {"x", "weight"})):
+    part = graph.call_function(torch.ops.aten.slice.Tensor, (weight, 0, 0, 4))
+    copied = graph.call_function(torch.ops.aten.reshape.default, (part, [2, -1]))  # where it cannot be a view
+    moves = {"x", "weight"}
+    for given, moving in ((weight, {"x"}), (part, {"x"}), (copied, moves), (computed, moves), (x, moves)):
         node = graph.call_function(gate_up.overload, (x, given, None), {"kind": "silu"})
         assert early.moving_of(node, gate_up, {weight}) == moving
 
