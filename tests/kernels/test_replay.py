@@ -101,7 +101,7 @@ def test_plans_exist_for_every_op(op: str) -> None:
     case = cases(torch.bfloat16)[op][0]
     arguments = case.arguments(torch.device("cuda"))
     args = choice.arranged(case.op, (), arguments)
-    kernel = next(k for k in PROVIDERS[op] if k.provider in ("triton", "wgmma"))
+    kernel = next(k for k in PROVIDERS[op] if k.provider in ("triton", "wgmma", "gemv"))
     assert kernel.supports(case.op.signature(*args)) is None
     result, plan = replay.record(kernel.run, args)
     assert plan is not None

@@ -231,13 +231,14 @@ def test_device_time_hides_the_launch() -> None:
     x = torch.randn(64, device="cuda")
 
     def slow_to_launch() -> None:
-        time.sleep(0.001)
+        time.sleep(0.05)
         x.add_(1)
 
     device = torch.device("cuda")
     hidden = measure({"x": lambda: x.add_(1)}, device, rounds=1, calls=5, device_time=True)
     seen = measure({"x": slow_to_launch}, device, rounds=1, calls=5)
-    assert hidden["x"].median_ms < 0.2 and seen["x"].median_ms > 0.9
+    assert seen["x"].median_ms > 45  # others may use the GPU as well
+    assert hidden["x"].median_ms < seen["x"].median_ms / 2
 
 
 def test_a_regression_against_a_baseline_fails_the_command(
