@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
@@ -33,6 +35,8 @@ from .record import Record
 from .report import Report
 from .weights import Change, Weights
 
+log = logging.getLogger("regraft")
+
 T = TypeVar("T")
 
 MAX_SIGNATURES = 32
@@ -41,6 +45,10 @@ MAX_VARIANTS = 4
 """Graphs kept for one signature where the model's code fixes sizes, each of which then needs a graph of its own."""
 PATIENCE = 30.0
 """Seconds that the graph of one more length may take to make, where each length needs its own (a scan unrolled)."""
+
+
+PARTS_PATIENCE = 120.0
+"""Seconds that graphs of a model's parts may take to make, so far or by the time that each took."""
 
 
 class Dispatch(StandIn):
@@ -69,6 +77,8 @@ class Dispatch(StandIn):
         self._table: dict[Key, list[Served] | Unserved] = {}
         self._said: set[str] = set()
         self._bound: _Bound | None = None
+        self._spent: list[float] = []
+        """Seconds that each graph of a part took, or the attempt to make one."""
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -228,7 +238,10 @@ class Dispatch(StandIn):
             return Unserved(
                 f"a length that the model's code fixes, whose graph would take over {PATIENCE:.0f} s to make"
             )
+        if self.whole is not None and self.whole.parts_take_long():
+            return Unserved("a part of a model whose parts take long to capture")
         self._local.inside = True
+        started = time.perf_counter()
         try:
             served = bound.builder.build(call)
         except (CaptureError, RegraftError) as error:
@@ -242,6 +255,8 @@ class Dispatch(StandIn):
             return unserved
         finally:
             self._local.inside = False
+            if self.whole is not None:
+                self.whole._spent.append(time.perf_counter() - started)
         self._table[call.key] = [*known, served]
         violation = served.violation(call.tensors)
         if violation is not None:
@@ -260,6 +275,21 @@ class Dispatch(StandIn):
                 if isinstance(fixed, int) and tensor.shape[1] != fixed:
                     found = max(found, served.seconds * tensor.shape[1] / fixed)
         return found
+
+    def parts_take_long(self) -> bool:
+        """Whether no more parts are captured, which is noted once: a forward that waits for them seems to hang."""
+        spent = sum(self._spent)
+        wanted = spent / max(1, len(self._spent)) * len(self.parts)
+        if max(spent, wanted) <= PARTS_PATIENCE:
+            return False
+        text = f"capturing its parts would take over {PARTS_PATIENCE:.0f} s: the original serves those that remain"
+        root = self
+        while root.whole is not None:
+            root = root.whole
+        if all(note.message != text for note in root.record.notes):
+            root.record.notes.append(Note("", text))
+            log.warning("%s: %s", self.record.model, text)
+        return True
 
     def _take_parts(self) -> None:
         """Give each part of the model a dispatch of its own; nothing is captured before it is called."""

@@ -12,6 +12,7 @@ import transformers
 from runtime_models import Identity, optimized, tiny_llama, tokens
 from torch import nn
 
+from regraft.runtime import dispatch
 from regraft.runtime.dispatch import Dispatch
 from regraft.runtime.errors import RegraftWarning
 from regraft.runtime.optimize import restore
@@ -51,6 +52,20 @@ def make(inner: Any = None) -> Any:
 
 def part_calls(model: nn.Module) -> dict[str, int]:
     return model.forward.parts[0].record.calls
+
+
+def test_parts_that_take_long_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block says how long the others would take."""
+    monkeypatch.setattr(dispatch, "PARTS_PATIENCE", 0.0)
+    torch.manual_seed(0)
+    plain = Stack().eval()
+    x = torch.randn(4, 8)
+    model = optimized(copy.deepcopy(plain), example_inputs={"x": x})
+    with pytest.warns(RegraftWarning, match="could not be captured"):
+        for _ in range(2):
+            torch.testing.assert_close(model(x), plain(x).detach())
+    assert [len(part.graphs) for part in model.forward.parts] == [1, 0, 0]
+    assert sum("capturing its parts would take over" in note.message for note in model.report.notes) == 1
 
 
 def test_an_inner_model_is_captured_alone() -> None:
