@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..compiler.errors import CaptureError
 from ..compiler.program import Note
@@ -135,6 +136,8 @@ class Dispatch(StandIn):
                 return self._by_original(reason, args, kwargs)  # which judges what it alone can take
         if call.unserved is not None:
             return self._by_original(call.unserved, args, kwargs)
+        if call.past is not None and self.whole is not None and not isinstance(self.module, PreTrainedModel):
+            return self._by_original("past_key_values of a block, which does not return what it writes", args, kwargs)
         served = self._find(bound, call)
         if isinstance(served, Unserved):
             try:

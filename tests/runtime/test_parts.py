@@ -68,6 +68,30 @@ def test_parts_that_take_long_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("capturing its parts would take over" in note.message for note in model.report.notes) == 1
 
 
+def test_blocks_that_write_to_a_cache_are_not_captured() -> None:
+    """Their graphs could not fill it, and a scan would take its time to be captured."""
+    torch.manual_seed(0)
+    config = transformers.FalconH1Config(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+    )
+    plain = transformers.FalconH1ForCausalLM(config).eval()
+    model = optimized(copy.deepcopy(plain), example_inputs={"input_ids": tokens()})
+    with pytest.warns(RegraftWarning, match="holds more than keys and values"):
+        torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits.detach())
+    blocks = model.forward.parts[0].parts
+    assert len(blocks) == 2 and not any(block.record.signatures for block in blocks)
+
+
 def test_an_inner_model_is_captured_alone() -> None:
     model, original = make(), Wrapped(tiny_llama()).eval()
     assert [p.module for p in model.forward.parts] == [model.inner]
