@@ -90,7 +90,7 @@ def bind(op: Op, kernels: Sequence[Kernel]) -> Callable[..., Any]:
     def first(key: replay.Key, args: tuple[Any, ...]) -> Any:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         best = choose(op, kernels, args, device)
-        planned = key[-1] is not None
+        planned = key[-1] is not None and not replay.compiling()
         result, run, plan = _first_that_runs(op, [best, *(k for k in kernels if k is not best)], args, planned)
         if planned and device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
             if len(plans) >= replay.MAX_PLANS:

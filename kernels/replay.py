@@ -8,10 +8,11 @@ the new tensors' addresses by a few lines of generated Python.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,13 +29,31 @@ Key = tuple[Any, ...]
 
 class _Current(threading.local):
     recording: _Recording | None = None
+    compiling: bool = False
 
 
 _current = _Current()
 
 
+@contextlib.contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Launches in the block compile their kernels and no more; integers that a kernel would have written are 0."""
+    _current.compiling = True
+    try:
+        yield
+    finally:
+        _current.compiling = False
+
+
+def compiling() -> bool:
+    """Whether nothing is launched just now."""
+    return _current.compiling
+
+
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor: a launcher allocates its outputs and temporaries with it."""
+    if _current.compiling and not dtype.is_floating_point:  # whoever reads places must not find them anywhere
+        return torch.zeros(shape, dtype=dtype, device=device)
     return _noted(torch.empty(shape, dtype=dtype, device=device))
 
 
@@ -69,6 +88,9 @@ def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, remembered if a recording is under way."""
+    if _current.compiling:
+        kernel.run(*args, grid=grid, warmup=True, **constants)
+        return
     compiled = kernel[grid](*args, **constants)
     recording = _current.recording
     if recording is not None:
@@ -296,9 +318,9 @@ def key_of(args: tuple[Any, ...]) -> Key:
 
 
 def observed() -> bool:
-    """Whether a profiler wants to see every launch: plans, which tell nobody, are not used then."""
+    """Whether a profiler wants to see every launch, or nothing is to be launched: plans are not used then."""
     triton = sys.modules.get("triton")
-    return triton is not None and bool(triton.knobs.runtime.launch_enter_hook.calls)
+    return triton is not None and (_current.compiling or bool(triton.knobs.runtime.launch_enter_hook.calls))
 
 
 def record(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Plan | None]:

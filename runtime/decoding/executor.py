@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
+from . import warm_up
 from .buckets import batch_bucket, batch_buckets, token_bucket
 from .encoder_pages import Encoded, EncoderPages
 from .flat import FlatProgram
@@ -25,13 +26,12 @@ from .scheduler import Chunk
 from .sequences import Sequence
 from .state import RING, DecodeState
 from .tables import PageTables
+from .warm_up import SHORT, Shape, padded
 
 log = logging.getLogger("regraft")
 
 MAX_PREFILLS: Final = 24
 """CUDA graphs of mixed steps."""
-SHORT: Final = 256
-"""Tokens of a mixed step that is rounded up to a bucket and, when it comes again, run by a CUDA graph."""
 UNBOUNDED: Final = 1 << 30
 """The limit of a row whose host counts its steps itself."""
 
@@ -43,7 +43,7 @@ class Executor:
 
     Args:
         model_length: the longest sequence that the model is made for; None: not known.
-        verbose: whether captures of CUDA graphs are announced.
+        verbose: whether captures of CUDA graphs and the compiling of kernels are announced.
     """
 
     def __init__(
@@ -82,6 +82,10 @@ class Executor:
         self._lengths: list[tuple[int, int]] = [(0, 0)] * self.state.rows
         self._tick = 0
         self._version = flat.version
+        self._verbose = verbose
+        self._cold = limits.warm_up_seconds > 0 and with_graphs
+        self._warm: set[int] = set()
+        """Numbers of rows for whose steps kernels were compiled."""
         self._prefills: dict[tuple[int, int], int | Tensor] = {}
         """Of short mixed steps by (tokens, rows): how often they came, then the input of their graph."""
 
@@ -181,25 +185,47 @@ class Executor:
         self.state.send()
         rows = batch_bucket(1 + _row(chunks[-1].sequence))
         total, longest = sum(c.count for c in chunks), max(c.count for c in chunks)
-        padded = token_bucket(total) if total <= SHORT else -(-total // 64) * 64
-        host = packed(chunks, rows, padded, len(self.flat.groups), self.limits.block_size)
+        size = padded(total)
+        if self._cold and rows not in self._warm:
+            self._warm_up_prompts(rows, size)
+        host = packed(chunks, rows, size, len(self.flat.groups), self.limits.block_size)
         if self.device.type == "cuda":
             host = host.pin_memory()
-        words = self._graph_input(host, padded, rows) if total <= SHORT else None
+        words = self._graph_input(host, size, rows) if total <= SHORT else None
         if words is None or self.graphs is None:
             words = host.to(self.device, non_blocking=True)
             fresh = total > SHORT and not any(c.start for c in chunks)
-            most = 1 if longest == 1 else min(padded, token_bucket(longest))
-            return self._compute(words, rows, padded, most, fresh)
+            most = 1 if longest == 1 else min(size, token_bucket(longest))
+            return self._compute(words, rows, size, most, fresh)
         words.copy_(host, non_blocking=True)
-        logits, sampled = self.graphs.replay(("prefill", padded, rows))
+        logits, sampled = self.graphs.replay(("prefill", size, rows))
         return logits, sampled
 
-    def _graph_input(self, host: Tensor, padded: int, rows: int) -> Tensor | None:
+    def _warm_up_prompts(self, rows: int, near: int) -> None:
+        """Have the kernels of all steps of so many rows, those of `near` tokens first; nothing is written."""
+        from ...kernels.compiling import compiling  # Triton is not there on every platform
+        from ...kernels.thresholds import thresholds
+
+        self._warm.add(rows)
+        limits, flat = self.limits, self.flat
+        budget = max(limits.budget(self.tables.windows), limits.max_batch_size)
+        most = min(budget, rows * self.max_seq_len)
+        wanted = warm_up.shapes(rows, most, thresholds(self.device), near)
+        if self._verbose:
+            print(warm_up.announced(wanted, rows, limits.warm_up_seconds, flat.token_bytes), flush=True)
+
+        def compute(shape: Shape) -> None:
+            nothing = packed((), rows, shape.tokens, len(flat.groups), limits.block_size).to(self.device)
+            with torch.no_grad():
+                self._compute(nothing, rows, shape.tokens, shape.max_q, shape.fresh)
+
+        warm_up.run(wanted, compute, compiling, limits.warm_up_seconds)
+
+    def _graph_input(self, host: Tensor, size: int, rows: int) -> Tensor | None:
         """The input of the graph for this shape, which is captured when the shape comes for the third time."""
         if self.graphs is None:
             return None
-        place, key = (padded, rows), ("prefill", padded, rows)
+        place, key = (size, rows), ("prefill", size, rows)
         seen = self._prefills.get(place, 0)
         if isinstance(seen, int):
             self._prefills[place] = seen + 1
@@ -208,10 +234,10 @@ class Executor:
             self._prefills[place] = seen = torch.zeros_like(host, device=self.device)
         words = seen
         if key not in self.graphs:
-            nothing = packed((), rows, padded, len(self.flat.groups), self.limits.block_size)
+            nothing = packed((), rows, size, len(self.flat.groups), self.limits.block_size)
             words.copy_(nothing)
-            self.graphs.announce("prefill, tokens", [padded], 4 * rows * self.flat.vocab)
-            if not self._captured(key, lambda: self._compute(words, rows, padded, padded)):
+            self.graphs.announce("prefill, tokens", [size], 4 * rows * self.flat.vocab)
+            if not self._captured(key, lambda: self._compute(words, rows, size, size)):
                 return None
         return words
 
@@ -225,10 +251,10 @@ class Executor:
             self.graphs = None
         return self.graphs is not None
 
-    def _compute(self, words: Tensor, rows: int, padded: int, max_q: int, fresh: bool = False) -> tuple[Tensor, Tensor]:
+    def _compute(self, words: Tensor, rows: int, size: int, max_q: int, fresh: bool = False) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
-        step, sampled = unpacked(words, self.state.tables, rows, padded, max_q, fresh)
-        step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, padded)
+        step, sampled = unpacked(words, self.state.tables, rows, size, max_q, fresh)
+        step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, size)
         return self.flat(step), sampled
 
     # -- decoding ---------------------------------------------------------------------------------------------------

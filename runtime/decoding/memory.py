@@ -51,11 +51,15 @@ class Limits:
     """float8_e4m3fn or int8: keys and values in half the memory of bf16, for some loss; by default the model's."""
     prefix_sharing: bool = True
     """Whether pages of equal beginnings are shared, also between calls."""
+    warm_up_seconds: int = 30
+    """How long kernels for prompts of all lengths may be compiled, on a GPU, before the first prompt of each size of
+    batch is computed; what is not compiled by then, or with 0, is when a prompt needs it. Triton keeps them on disk."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch_size", 1), ("token_budget", 1), ("max_seq_len", 2)):
+        leasts = (("max_batch_size", 1), ("token_budget", 1), ("max_seq_len", 2), ("warm_up_seconds", 0))
+        for name, least in leasts:
             value = getattr(self, name)
-            if value is None and name != "max_batch_size":
+            if value is None and name in ("token_budget", "max_seq_len"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise OptionError(f"{name}={value!r}: expected a whole number")

@@ -9,6 +9,7 @@ One graph serves prefill, chunked prefill and decode, alone and mixed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,6 +129,17 @@ class FlatProgram:
     @cached_property
     def _run_whole(self) -> Callable[..., Any]:
         return self._run if self._whole is self.program else direct(self._whole.gm)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """About what a token of a step takes while it is computed: its two widest results."""
+        tokens = str(self.program.limits.tensors["input_ids"].shape[-1])
+        widths = [0]
+        for node in self.program.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, Tensor) and tokens in map(str, value.shape):
+                widths.append(math.prod(size for size in value.shape if isinstance(size, int)) * value.dtype.itemsize)
+        return 2 * max(widths)
 
     @property
     def version(self) -> int:

@@ -1,0 +1,48 @@
+"""Kernels are compiled without being launched, once for all sizes of a class, and what is left at the end is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft.kernels import thresholds, tuning
+
+SCRIPT = Path(__file__).parent / "compile_only.py"
+ROOT = Path(thresholds.__file__).parents[2]
+
+pytest.importorskip("triton")
+
+
+def compile_only(seconds: float, cache: Path) -> dict[str, int]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(seconds)], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def test_each_class_is_compiled_once(tmp_path: Path) -> None:
+    assert compile_only(60, tmp_path) == {"first": 2, "again": 0, "taken": 1}
+
+
+def test_what_is_left_when_the_time_is_over_is_compiled_later(tmp_path: Path) -> None:
+    found = compile_only(0, tmp_path)
+    assert found["taken"] >= 1  # the two widths may both have begun
+
+
+def test_thresholds_are_those_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = '{"kernels": {"linear": [{"where": {"M": [0, 16], "N": [0, 99]}, "config": %s}]}}'
+    config = '{"num_warps": 4, "num_stages": 1}'
+    monkeypatch.setattr(tuning, "load", lambda name: tuning.parse(table % config) if name == tuning.DEFAULT else {})
+    provided = {"attention": (tuning.Provided((("Q", 65, 1 << 30), ("D", 33, 64)), "cudnn"),)}
+    monkeypatch.setattr(tuning, "providers", lambda name: provided)
+    assert thresholds.thresholds(torch.device("cpu")) == [17, 65]
