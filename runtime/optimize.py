@@ -75,7 +75,8 @@ def optimize(
         example_inputs: the arguments of a typical call, by name. Made from the config where not given.
         decoding: what `generate` may take, as `{"max_batch_size": 64, "max_seq_len": 4096}`: sequences decoded at
             once, their greatest length, or `memory_fraction` of the free memory for keys and values (half of it by
-            default), allocated when `generate` is first called; `block_size`, `token_budget`, `prefix_sharing`.
+            default), allocated when `generate` is first called; `block_size`, `token_budget`, `prefix_sharing`,
+            `warm_up_seconds`.
         verbose: True prints the whole report, None a few lines, False nothing.
 
     `REGRAFT_DISABLE=1` leaves the model as it is; `REGRAFT_PASSES`, `REGRAFT_LOGS` and `REGRAFT_DUMP_DIR` are read too.
