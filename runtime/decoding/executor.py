@@ -203,7 +203,7 @@ class Executor:
 
     def _warm_up_prompts(self, rows: int, near: int) -> None:
         """Have the kernels of all steps of so many rows, those of `near` tokens first; nothing is written."""
-        from ...kernels.compiling import compiling  # Triton is not there on every platform
+        from ...kernels.compiling import compile_only  # Triton is not there on every platform
         from ...kernels.thresholds import thresholds
 
         self._warm.add(rows)
@@ -219,7 +219,7 @@ class Executor:
             with torch.no_grad():
                 self._compute(nothing, rows, shape.tokens, shape.max_q, shape.fresh)
 
-        warm_up.run(wanted, compute, compiling, limits.warm_up_seconds)
+        warm_up.run(wanted, compute, compile_only, limits.warm_up_seconds)
 
     def _graph_input(self, host: Tensor, size: int, rows: int) -> Tensor | None:
         """The input of the graph for this shape, which is captured when the shape comes for the third time."""

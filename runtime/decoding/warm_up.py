@@ -10,11 +10,8 @@ import bisect
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
-
-import torch
 
 from .buckets import token_bucket
 
@@ -76,22 +73,30 @@ def announced(wanted: Sequence[Shape], rows: int, seconds: int, each: int) -> st
 def run(
     wanted: Sequence[Shape],
     compute: Callable[[Shape], object],
-    compiling: Callable[[float], AbstractContextManager[Callable[[], int]]],
+    compile_only: Callable[[Callable[[Callable[[], int]], None], float], None],
     seconds: float,
 ) -> int:
-    """Run `compute` for each shape where nothing is launched, until `seconds` have gone by; returns for how many."""
+    """Run `compute` for each shape where nothing is launched, until `seconds` have gone by; returns for how many.
+
+    Whatever goes wrong costs time later, and is said: no prompt depends on it.
+    """
     started = time.monotonic()
     done = 0
+
+    def calls(ready: Callable[[], int]) -> None:
+        nonlocal done
+        for shape in wanted:
+            if time.monotonic() - started > seconds:
+                break
+            compute(shape)
+            ready()
+            done += 1
+
     try:
-        with compiling(started + seconds) as ready:
-            for shape in wanted:
-                if time.monotonic() - started > seconds:
-                    break
-                compute(shape)
-                ready()
-                done += 1
-    except torch.OutOfMemoryError:
-        log.info("no memory to try %d tokens: what they need is compiled when they come", wanted[done].tokens)
+        compile_only(calls, started + seconds)
+    except Exception as error:  # noqa: BLE001 - memory that is not there, or a kernel's launcher in any way
+        text = "kernels for steps of %d tokens and more are compiled when they come (%s: %s)"
+        log.warning(text, wanted[min(done, len(wanted) - 1)].tokens, type(error).__name__, str(error)[:200])
     taken = time.monotonic() - started
-    log.info("kernels of %d of %d lengths of prompts were compiled in %.1f s", done, len(wanted), taken)
+    log.info("kernels of %d of %d kinds of steps were compiled in %.1f s", done, len(wanted), taken)
     return done

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from regraft.runtime.decoding.requests import Request
 from regraft.runtime.decoding.sampling import Sampler
 from regraft.runtime.decoding.warm_up import SHORT, Shape, padded, shapes
 
+Calls = Callable[[Callable[[], int]], None]
 THRESHOLDS = [2, 17, 65, 264, 500, 512, 2000, 6144]
 
 
@@ -51,12 +51,12 @@ def test_those_like_the_prompt_come_first() -> None:
 def test_nothing_is_begun_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(warm_up.time, "monotonic", lambda: now[0])
-    until, done = [], []
+    until: list[float] = []
+    done: list[Shape] = []
 
-    @contextlib.contextmanager
-    def fake(end: float) -> Iterator[Callable[[], int]]:
+    def fake(calls: Calls, end: float) -> None:
         until.append(end)
-        yield lambda: 0
+        calls(lambda: 0)
 
     def compute(shape: Shape) -> None:
         done.append(shape)
@@ -86,14 +86,13 @@ def test_once_for_each_size_of_batch_and_without_effect(
 ) -> None:
     entered = []
 
-    @contextlib.contextmanager
-    def fake(end: float) -> Iterator[Callable[[], int]]:
+    def fake(calls: Calls, end: float) -> None:
         entered.append(capsys.readouterr().out)  # said before it begins
         before = [t.clone() for pair in engine.executor.pages.layers for t in pair]
-        yield lambda: 0
+        calls(lambda: 0)
         assert all(map(torch.equal, before, (t for pair in engine.executor.pages.layers for t in pair)))
 
-    monkeypatch.setattr(compiling, "compiling", fake)
+    monkeypatch.setattr(compiling, "compile_only", fake)
     limits = Limits(max_batch_size=4, max_seq_len=64, token_budget=48, prefix_sharing=False)
     batches = [[Request([3, 4, 5], max_new_tokens=4)], [Request([7 + i] * 30, max_new_tokens=4) for i in range(3)]]
     sampler = Sampler(flat.vocab, "cpu")
@@ -141,14 +140,14 @@ def test_new_prompts_compile_nothing(heads: tuple[int, int, int]) -> None:
     compiled: list[str] = []
 
     def note(**given: Any) -> None:
-        compiled.append(given["fn"].name)
+        compiled.append(given["src"].name)
 
     def generate(*lengths: int) -> None:
         ids = [torch.randint(3, 32000, (n,)).tolist() for n in lengths]
         model.generate_batch(ids, tf.GenerationConfig(max_new_tokens=3), progress_bar=False)
 
-    hook = triton.knobs.runtime.jit_post_compile_hook
-    triton.knobs.runtime.jit_post_compile_hook = note
+    listener = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = note
     try:
         generate(40)
         assert compiled
@@ -170,4 +169,4 @@ def test_new_prompts_compile_nothing(heads: tuple[int, int, int]) -> None:
         generate(3000, 10, *[17] * 6)
         assert not compiled, compiled
     finally:
-        triton.knobs.runtime.jit_post_compile_hook = hook
+        triton.knobs.compilation.listener = listener
