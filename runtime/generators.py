@@ -96,13 +96,14 @@ def _huggingface(model: Any, **options: Any) -> Runner:
 
 @contextmanager
 def _batched(model: Any) -> Iterator[Generate]:
-    """Its CUDA graphs are asked for, which it leaves out where attention takes a mask; calls share its cache."""
+    """Its CUDA graphs are asked for, which it leaves out where attention takes a mask; calls share its cache, of half of
+    the free memory as ours is."""
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 
     def generate(ids: torch.Tensor, new: int) -> torch.Tensor:
         config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        options = ContinuousBatchingConfig(use_cuda_graph=True)
+        options = ContinuousBatchingConfig(use_cuda_graph=True, max_memory_percent=0.5)
         found = model.generate_batch(ids.tolist(), config, options, persistent_manager=True)
         return torch.tensor([r.generated_tokens for r in found.values()], device=ids.device)
 

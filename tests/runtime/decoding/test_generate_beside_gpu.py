@@ -123,7 +123,7 @@ def compare(name: str, layers: int, device: str) -> dict[str, Any]:
     """Everything; returns which way served how often, and how many rows parted."""
     model, inputs = made(name, layers, device)
     plain, oracle = copy.deepcopy(model), copy.deepcopy(model).float()
-    decoding = {"max_seq_len": 448, "max_batch_size": 24}
+    decoding = {"max_seq_len": 448, "max_batch_size": 24, "warm_up_seconds": 0}
     model = regraft.optimize(model, verbose=False, decoding=decoding)
     greedy = {"max_new_tokens": NEW, "min_new_tokens": NEW, "num_beams": 1, "do_sample": False}
     beams = greedy | {"num_beams": 4, "num_return_sequences": COPIES}
