@@ -96,8 +96,8 @@ def _huggingface(model: Any, **options: Any) -> Runner:
 
 @contextmanager
 def _batched(model: Any) -> Iterator[Generate]:
-    """Its CUDA graphs are asked for, which it leaves out where attention takes a mask; calls share its cache, of half of
-    the free memory as ours is."""
+    """Its CUDA graphs are asked for, which it leaves out where attention takes a mask. Calls share its cache, which has
+    half of the free memory, as ours."""
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 
