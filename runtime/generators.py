@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,9 +108,13 @@ def _batched(model: Any) -> Iterator[Generate]:
         found = model.generate_batch(ids.tolist(), config, options, persistent_manager=True)
         return torch.tensor([r.generated_tokens for r in found.values()], device=ids.device)
 
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it warns in every call that its manager is kept
     try:
         yield generate
     finally:
+        logger.setLevel(before)
         model.destroy_cached_continuous_batching_manager()
 
 
