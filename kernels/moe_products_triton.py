@@ -159,7 +159,7 @@ def down_gemv_kernel(
     tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["MAX_TILES"])
+@triton.jit
 def grouped_kernel(
     x_ptr,
     order_ptr,

@@ -51,7 +51,7 @@ def _count_kernel(
     tl.store(counts, tl.histogram(e, EXPERTS, mask=e < E))
 
 
-@triton.jit(do_not_specialize=["P", "BLOCKS", "MAX_TILES"])
+@triton.jit(do_not_specialize=["P", "BLOCKS"])
 def _route_kernel(
     index_ptr,
     counts_ptr,

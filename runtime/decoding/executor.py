@@ -84,8 +84,8 @@ class Executor:
         self._version = flat.version
         self._verbose = verbose
         self._cold = limits.warm_up_seconds > 0 and with_graphs
-        self._warm: set[int] = set()
-        """Numbers of rows for whose steps kernels were compiled."""
+        self._warm: set[bool] = set()
+        """Whether kernels were compiled for steps of one row, and of several."""
         self._prefills: dict[tuple[int, int], int | Tensor] = {}
         """Of short mixed steps by (tokens, rows): how often they came, then the input of their graph."""
 
@@ -186,7 +186,7 @@ class Executor:
         rows = batch_bucket(1 + _row(chunks[-1].sequence))
         total, longest = sum(c.count for c in chunks), max(c.count for c in chunks)
         size = padded(total)
-        if self._cold and rows not in self._warm:
+        if self._cold and (rows > 1) not in self._warm:
             self._warm_up_prompts(rows, size)
         host = packed(chunks, rows, size, len(self.flat.groups), self.limits.block_size)
         if self.device.type == "cuda":
@@ -206,7 +206,7 @@ class Executor:
         from ...kernels.compiling import compile_only  # Triton is not there on every platform
         from ...kernels.thresholds import thresholds
 
-        self._warm.add(rows)
+        self._warm.add(rows > 1)
         limits, flat = self.limits, self.flat
         budget = max(limits.budget(self.tables.windows), limits.max_batch_size)
         most = min(budget, rows * self.max_seq_len)

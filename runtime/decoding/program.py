@@ -132,13 +132,14 @@ class FlatProgram:
 
     @cached_property
     def token_bytes(self) -> int:
-        """About what a token of a step takes while it is computed: its two widest results."""
-        tokens = str(self.program.limits.tensors["input_ids"].shape[-1])
+        """About what a token of a step takes while it is computed: its two widest results `[1, T, ...]`."""
+        found = [n for n, i in self.program.placeholder_inputs().items() if i.target == "input_ids"]
+        tokens = [str(size) for size in found[0].meta["val"].shape]
         widths = [0]
         for node in self.program.graph.nodes:
             value = node.meta.get("val")
-            if node.op == "call_function" and isinstance(value, Tensor) and tokens in map(str, value.shape):
-                widths.append(math.prod(size for size in value.shape if isinstance(size, int)) * value.dtype.itemsize)
+            if node.op == "call_function" and isinstance(value, Tensor) and [*map(str, value.shape[:2])] == tokens:
+                widths.append(math.prod(s for s in value.shape[2:] if isinstance(s, int)) * value.dtype.itemsize)
         return 2 * max(widths)
 
     @property

@@ -64,9 +64,10 @@ def _longest(rows: int, size: int) -> list[int]:
 def announced(wanted: Sequence[Shape], rows: int, seconds: int, each: int) -> str:
     """What is about to be done, how long it may take, and what it holds meanwhile, at `each` bytes a token."""
     most = max(shape.tokens for shape in wanted)
+    size = max(1, most * each >> 20)
     return (
         f"regraft: compiling kernels for prompts of up to {most} tokens, batch {rows} ({len(wanted)} kinds of steps): "
-        f"at most {seconds} s, about 1 s where they were compiled before, and {max(1, most * each >> 20)} MiB meanwhile"
+        f"at most {seconds} s, less where they were compiled before, and about {size} MiB meanwhile"
     )
 
 

@@ -2,7 +2,7 @@
 
 Where greedy tokens part, the two choices are so close in the float32 model's logits that bfloat16's error, that of the
 eager model, could have chosen either. Beams are equal in float32; in bfloat16, where near ties are many, the score that
-`generate` gives a sequence must be as near to its score in float32 as eager's is.
+`generate` gives a sequence, a mean over tokens, must be nearer to its score in float32 than eager's worst token is.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def logits(model: Any, inputs: dict[str, torch.Tensor], row: int, tokens: torch.
     return found
 
 
-def score(model: Any, inputs: dict[str, torch.Tensor], row: int, tokens: torch.Tensor, prompt: int) -> float:
-    """The mean log-probability of what follows the prompt of the decoder."""
+def scores(model: Any, inputs: dict[str, torch.Tensor], row: int, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The log-probability of each token that follows the prompt of the decoder."""
     found = logits(model, inputs, row, tokens[:-1]).log_softmax(-1)[prompt - 1 :]
-    return float(found.gather(1, tokens[prompt:, None]).mean())
+    return found.gather(1, tokens[prompt:, None])[:, 0]
 
 
 def check_greedy(
@@ -120,18 +120,21 @@ def check_greedy(
 def check_beams(
     plain: Any, oracle: Any, inputs: dict[str, torch.Tensor], expected: Any, found: Any
 ) -> tuple[float, float]:
-    """The scores of sequences, with a length penalty of 1; returns how far those of eager and ours are off."""
+    """The scores of sequences, with a length penalty of 1; returns how far eager's worst token and our worst are off.
+
+    A sequence is chosen for its score, so that the score is rather too high: two means of errors are not comparable.
+    """
     assert found.sequences.shape == expected.sequences.shape
     prompt = expected.sequences.shape[1] - NEW
     eager = ours = 0.0
     for i in range(len(found.sequences)):
         for result in (expected, found):
-            exact, again = (score(m, inputs, i // COPIES, result.sequences[i], prompt) for m in (oracle, plain))
-            eager = max(eager, abs(again - exact))
-            error = abs(float(result.sequences_scores[i]) - exact)
-            eager, ours = (max(eager, error), ours) if result is expected else (eager, max(ours, error))
-    assert eager < 0.05, f"eager's scores are not what they are taken for: {eager:.2e} off"
-    assert ours <= 2 * eager + 1e-3, f"scores are off by {ours:.2e}, those of eager by {eager:.2e}"
+            exact, again = (scores(m, inputs, i // COPIES, result.sequences[i], prompt) for m in (oracle, plain))
+            eager = max(eager, float((again - exact).abs().max()))
+            error = abs(float(result.sequences_scores[i]) - float(exact.mean()))
+            ours = max(ours, error) if result is found else ours
+            assert error < 0.05, f"sequence {i}: the score {error:.2e} off is not what it is taken for"
+    assert ours <= eager, f"scores are off by {ours:.2e}, eager's tokens by {eager:.2e}"
     return eager, ours
 
 
