@@ -142,14 +142,10 @@ class RopeHalfTables(Rule):
 
     def check(self, m: Match) -> Reject | None:
         width = _width(m)
-        cos, sin = m.val(m.cos), m.val(m.sin)
         if width is None or width % 2:
             return Reject("the last dimension is not an even number", m.x)
-        if (
-            not isinstance(cos, torch.Tensor)
-            or not isinstance(sin, torch.Tensor)
-            or {cos.shape[-1], sin.shape[-1]} != {width // 2}
-        ):
+        last = [t.shape[-1] if isinstance(t, torch.Tensor) else None for t in (m.val(m.cos), m.val(m.sin))]
+        if not all(isinstance(size, int) and size == width // 2 for size in last):
             return Reject(f"the tables are not {width // 2} wide", m.cos)
         if m.anchor.meta["val"].dtype is not m.dtype(m.x):
             return Reject(f"the result is {m.anchor.meta['val'].dtype}, the input {m.dtype(m.x)}", m.x)
