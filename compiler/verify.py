@@ -52,7 +52,9 @@ class Upcast(fx.Interpreter):
         self.target = target
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Evaluate one node with every floating operand raised."""
+        """Evaluate one node with every floating operand raised; what asserts the dtypes of before has no say."""
+        if target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
         return target(*upcast(args, self.target), **upcast(kwargs, self.target))
 
 

@@ -60,11 +60,15 @@ def backend(
             raise CaptureError("", "the graph was traced in training mode", hint="call model.eval() first")
         dynamo = from_dynamo(gm, example_inputs)
         compiled = _compile(dynamo, example_inputs, chosen)
-    except (CaptureError, ParityError) as error:
+    except Exception as error:
         if chosen.raises:
             raise
         entry.reason = str(error)
-        warnings.warn(f"regraft leaves this graph as it is: {error}", RegraftWarning, stacklevel=2)
+        if not isinstance(error, (CaptureError, ParityError)):
+            log.debug("compiling a graph of %s failed", record.model, exc_info=True)
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            entry.reason = f"the compiler failed ({cause}); to see where: options={{'on_error': 'raise'}}"
+        warnings.warn(f"regraft leaves this graph as it is: {entry.reason}", RegraftWarning, stacklevel=2)
         return gm.forward
     entry.served, entry.passes, entry.program = True, compiled.passes, compiled.program
     report = Report(record)

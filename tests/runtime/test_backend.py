@@ -111,3 +111,41 @@ def test_gradients_of_an_input_go_to_the_original_with_a_warning() -> None:
     assert embeds.grad is not None and float(embeds.grad.abs().sum()) > 0
     assert any(issubclass(w.category, regraft.RegraftWarning) for w in caught)
     assert reports[-1].calls["original"] == 1
+
+
+class _Turning(nn.Module):
+    """Pairs as complex numbers, brought to a device as models do: the graph asserts what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+        turns = torch.polar(torch.ones_like(angles), angles) * 2
+        pairs = torch.view_as_complex(self.q(x).view(*x.shape[:-1], 4, 2))
+        return torch.view_as_real(pairs * turns.to(x.device)).flatten(-2)
+
+
+def test_complex_numbers_are_verified_one_precision_up() -> None:
+    torch.manual_seed(0)
+    model, x = _Turning().eval(), torch.randn(2, 5, 8)
+    compiled = torch.compile(model, backend=backend, options={"strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_an_error_of_ours_leaves_the_graph_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr("regraft.runtime.backend._check_whole", broken)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(3, 8)
+    with (
+        torch.no_grad(),
+        pytest.warns(regraft.RegraftWarning, match="as it is: the compiler failed .*ZeroDivisionError"),
+    ):
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="nobody foresaw this"):
+        torch.compile(model, backend=backend, options={"on_error": "raise"})(x)
