@@ -22,12 +22,16 @@ class Case:
     rows: torch.Tensor | None
 
     def real(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """The real rows of an output `[B, S, ...]` or of keys and values `[B, H, S, D]`; all of any other output.
+        """The real rows of `[B, S, ...]`, of keys and values `[B, H, S, D]`, of N states `[N, B, S, D]`; else all.
 
         An output with fewer rows than tokens (`logits_to_keep`, a sliding window's cache) has the last ones.
         """
         rows = self.rows
-        if rows is None or bool(rows.all()) or output.ndim < 2 or output.shape[0] != rows.shape[0]:
+        if rows is None or bool(rows.all()) or output.ndim < 2:
+            return output
+        if output.ndim == 4 and output.shape[0] != rows.shape[0] and output.shape[1:3] == rows.shape:
+            return output[:, rows.to(output.device)]
+        if output.shape[0] != rows.shape[0]:
             return output
         if name.endswith((".keys", ".values")) and output.ndim == 4:
             output = output.transpose(1, 2)

@@ -102,6 +102,8 @@ def test_only_real_rows_count() -> None:
     assert torch.equal(cases[1].real("past_key_values.0.keys", keys), keys.transpose(1, 2)[rows])
     assert torch.equal(cases[2].real("logits", output[:, -1:]), output[:, -1:][rows_kept(cases[2])])
     assert cases[1].real("pooled", torch.randn(2, 5)).shape == (2, 5)
+    several = torch.randn(4, *rows.shape, 5)  # streams beside each other
+    assert torch.equal(cases[1].real("hidden_states.1", several), several[:, rows])
 
 
 def rows_kept(case: Any) -> torch.Tensor:
