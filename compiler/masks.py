@@ -8,9 +8,9 @@
         ...
         guard.holds(tensors)                # at run time: once for each new sequence length
 
-The mask (or the additive float mask, the op's `bias`) reads shapes, positions and padding, never activations. Its
-backward slice is run at several sizes, with padding left, right, in holes and none, and with arbitrary values in every
-integer input, and compared with (one that floating inputs show in, as an additive mask of the caller's, stays)
+The mask (or the additive float mask, the op's `bias`) reads shapes, positions and padding, never activations; one in
+which floating inputs show, as an additive mask of the caller's, stays. Its backward slice is run at several sizes, with
+padding left, right, in holes and none, and with arbitrary values in every integer input, and compared with
 
     visible[b, h, q, k] = (left < 0 or k >= p - left) and (right < 0 or k <= p + right) and key_mask[b, k]
     where p = q + K - Q

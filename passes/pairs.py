@@ -102,9 +102,7 @@ def _norm_in_front(product: fx.Node, order: dict[fx.Node, int]) -> fx.Node | Non
     rest = choice.arranged(op, product.args, product.kwargs)[1:]
     if item in rest or any(order[user] <= order[product] for i in items if i is not item for user in i.users):
         return None
-    if free_unbacked_symbols(
-        item.meta["val"]
-    ):  # which kernels run is for the arguments' shapes to say: `choice.noting`
+    if free_unbacked_symbols(item.meta["val"]):  # arguments of one shape must run the same kernels: `choice.noting`
         return None
     return norm
 
