@@ -1,4 +1,4 @@
-"""Counters in device memory for programs of a kernel that wait for none but must know which of them comes last.
+"""Counters in device memory for programs of a kernel that must know of each other, such as which of them comes last.
 
 They are 0 before every launch and set back to 0 by the kernel. Launches of one stream follow one another and share
 theirs; a launch that is captured may run beside any other, so it has its own.

@@ -28,6 +28,7 @@ from regraft.kernels import (
     paged_attention_triton,
     paged_decode_triton,
     rms_norm_triton,
+    softmax_ring,
     stream_gluon,
     tuning,
 )
@@ -90,7 +91,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def streamed(half: torch.dtype) -> None:
-        """The products whose ring takes nearly all the shared memory there is."""
+        """The kernels whose ring takes nearly all the shared memory there is."""
         stream_gluon._multiprocessors = lambda device: 132
         x, weight = torch.empty(8, 4096, dtype=half), torch.empty(4096, 4096, dtype=half)
         for run in (stream_gluon.linear_act, stream_gluon.gate_up):
@@ -98,6 +99,12 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             kernel, _ = launched.pop()
             row = {"case": f"stream {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
             rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
+        softmax_ring._multiprocessors = lambda device: 132
+        softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
+        resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE
+        shared = resident * launched.pop()[0].metadata.shared  # of all that are on a multiprocessor at once
+        row = {"case": "softmax", "shared": shared, "copies": False, "wgmma": False}
+        rows.append({**row, "estimate": resident * (ring + 1024)})
 
     def record(case: str, estimate: tuning.SharedMemory) -> None:
         kernel, kwargs = launched.pop()

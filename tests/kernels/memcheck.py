@@ -81,6 +81,8 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("norm_linear_act", (x, x, weight, 1e-6, 0.0, None, dtype, randn(19, 77), randn(19), "gelu"), {}),
         ("softmax", (x, None, dtype), {}),
         ("softmax", (randn(3, 17001), torch.float32, dtype), {}),
+        ("softmax", (randn(300, 33032), torch.float32, dtype), {}),  # rows shared by programs
+        ("softmax", (randn(3, 200008),), {}),
         ("rope", (q, cos, sin, "half"), {}),
         ("rope", (q, cos, sin, "interleaved"), {}),
         ("norm_rope", (q, randn(80), cos, sin, 1e-6, 0.0, dtype), {}),

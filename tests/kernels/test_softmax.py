@@ -8,7 +8,8 @@ import pytest
 import torch
 from kernel_checks import check_kernel, in_dtypes, on_devices, refusal
 
-from regraft.kernels import softmax_triton
+from regraft.kernels import choice, counters, softmax_ring, softmax_triton
+from regraft.kernels.op import TensorSpec
 from regraft.kernels.softmax import softmax
 from regraft.kernels.table import PROVIDERS
 
@@ -74,3 +75,111 @@ def test_triton_refuses(device: str) -> None:
     assert "float64" in refusal(softmax, x.double())
     assert "rounded" in refusal(softmax, x, torch.float16)
     assert "no dimensions" in refusal(softmax, x[0, 0])
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+RING = softmax_ring.KERNELS[0]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1500, 16640), (3, 5, 50304), (67, 128256), (2, 260008)], ids=str)
+def test_rows_that_stay_in_shared_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """More rows than there are programs, and fewer; shared by one program or by many."""
+    x = (torch.randn(shape, device="cuda") * 4).to(dtype)
+    x[..., 0, : shape[-1] // 2] = -torch.inf  # pieces, and whole parts, with nothing finite
+    x[..., 1, shape[-1] - 1] = 30.0
+    assert how(x) is not None
+    check_kernel(softmax, x, torch.float32, dtype, provider="ring")
+    check_kernel(softmax, x * 0.5, provider="ring")  # what one launch leaves is nothing to the next
+
+
+def how(x: torch.Tensor) -> softmax_ring.Split | None:
+    programs = softmax_ring._multiprocessors(x.device) * softmax_ring.RESIDENT
+    return softmax_ring.split(math.prod(x.shape[:-1]), x.shape[-1] * x.element_size(), programs)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_views_of_wide_rows() -> None:
+    x = (torch.randn(6, 4, 40000, device="cuda") * 4).bfloat16()
+    check_kernel(softmax, x[:, 1, 8:33008], provider="ring")  # a step between rows
+    check_kernel(softmax, x[0, 0], provider="ring")
+    # left to the kernel beside it: two steps, rows that 16 bytes do not divide, narrow ones, overlapping ones
+    for view in (x[::2, :3], x[..., 1:33001], x[..., :4], x[:1].expand(3, 4, 40000), x[0, :, ::2]):
+        check_kernel(softmax, view, provider="ring")
+    assert RING.run(x[:0]).shape == (0, 4, 40000)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", [20000, 140000])
+def test_infinities_and_nan_in_wide_rows(width: int) -> None:
+    x = torch.randn(6, width, device="cuda").bfloat16()
+    x[0] = -torch.inf
+    x[1, 17] = torch.inf
+    x[2, 555] = torch.nan
+    x[3, 1:] = -torch.inf
+    x[4] = torch.finfo(torch.bfloat16).min
+    x[5, 100:200] = torch.finfo(torch.bfloat16).max
+    assert how(x) is not None
+    assert torch.allclose(RING.run(x), softmax.reference(x), rtol=2**-7, equal_nan=True)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_wide_rows_in_graphs_beside_a_stream() -> None:
+    """Programs that share a row meet on a board of their launch: two graphs and a stream give what each gives alone."""
+    run = choice.bind(softmax, [RING])
+    inputs = [torch.randn(rows, 128256, device="cuda").bfloat16() for rows in (200, 3, 90)]
+    alone = [run(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs, results = [], []
+    for x in inputs[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([run(x) for _ in range(3)])
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(3):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = [run(inputs[2]) for _ in range(3)]
+        torch.cuda.synchronize()
+        for found, expected in zip([*results, eager], alone, strict=True):
+            assert all(torch.equal(y, expected) for y in found)
+    assert not counters.counters(1, inputs[0].device).any()  # what it found, it left
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1024, 100000])
+@pytest.mark.parametrize("size", [32776, 65536, 2 * 50304, 2 * 128256, 2 * 151936, 2 * 262144])
+def test_split(rows: int, size: int) -> None:
+    """The parts make up the row, none is empty, and a part and the pieces ahead have room in the ring."""
+    found = softmax_ring.split(rows, size, 528)
+    assert found is not None
+    assert found.parts * found.size >= size > (found.parts - 1) * found.size
+    assert found.pieces * softmax_ring.PIECE >= found.size > (found.pieces - 1) * softmax_ring.PIECE
+    assert 2 <= found.pieces < softmax_ring.SLOTS
+    assert 1 <= found.groups <= rows and found.groups * found.parts <= 528
+
+
+def test_ring_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("launch", "softmax_ring"):
+        monkeypatch.setattr(f"regraft.kernels.{module}.INTERPRETED", False)
+        monkeypatch.setattr(f"regraft.kernels.{module}.compute_capability", lambda device: (9, 0))
+
+    def reason(dtype: torch.dtype, mid: torch.dtype | None = None) -> str | None:
+        x = TensorSpec((None, 128256), dtype, torch.device("cuda"))
+        return RING.supports({"x": x, "compute_dtype": mid, "out_dtype": None})
+
+    assert reason(torch.bfloat16) is None
+    assert "float64" in (reason(torch.float64) or "")
+    assert "16 bits" in (reason(torch.float32) or "")
+    assert "16 bits" in (reason(torch.bfloat16, torch.float32) or "")
+    monkeypatch.setattr("regraft.kernels.softmax_ring.compute_capability", lambda device: (8, 0))
+    assert "Hopper" in (reason(torch.bfloat16) or "")
