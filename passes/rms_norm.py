@@ -6,6 +6,10 @@
 What is recorded: the dtype rounded to before the weight (llama), after it (gemma, OLMo 2), and whether the weight is
 stored less one (gemma's 1 + w). Together they make the op bit-exact with the spelling it replaces.
 
+    aten.rms_norm(x, [D], w, eps)   ->  rms_norm(x, w, eps, out_dtype=dtype of x)       torch.nn.RMSNorm
+
+PyTorch's own multiplies by the weight before it rounds, and gives the dtype of x whatever the weight's.
+
     x / sqrt(mean(x^2) + eps) * w        rounds elsewhere: a FUSE rule, verified
 """
 
@@ -88,6 +92,33 @@ class RMSNormWithoutWeight(Rule):
         return g.rms_norm(m.x, None, float(m.eps), 0.0, m.mid_dtype, None)
 
 
+class ATenRMSNorm(Rule):
+    """`torch.nn.RMSNorm` and `F.rms_norm` over one dimension; weight and eps are optional."""
+
+    name = "aten_rms_norm"
+    stage = Stage.RAISE
+
+    def pattern(self, p: Builder, x: Any) -> Any:
+        return p.rms_norm_aten(x, p.arg("shape"), p.arg("weight"), p.arg("eps"))
+
+    def check(self, m: Match) -> Reject | None:
+        x = m.dtype(m.x)
+        if x is None or not x.is_floating_point:
+            return Reject("the input is not a floating-point tensor", m.x)
+        if len(m.shape) != 1:
+            return Reject(f"normalises over {len(m.shape)} dimensions", m.x)
+        if m.eps is not None and not isinstance(m.eps, int | float):
+            return Reject("eps is not a number", m.eps)
+        return None
+
+    def emit(self, m: Match, g: Emitter) -> fx.Node:
+        x = m.dtype(m.x)
+        assert x is not None
+        # without one, it is the epsilon of the dtype that PyTorch computes in, not of x
+        eps = torch.finfo(_compute_dtype(x)).eps if m.eps is None else float(m.eps)
+        return g.rms_norm(m.x, m.weight, eps, 0.0, None, x)
+
+
 def _check_statistics(m: Match) -> Reject | None:
     x = m.dtype(m.x)
     if x is None or not x.is_floating_point:
@@ -124,4 +155,4 @@ class DividedRMSNorm(Rule):
         return g.rms_norm(m.x, m.w, float(m.eps), 0.0, m.mid_dtype, m.out_dtype)
 
 
-RULES = (RMSNorm(), RMSNormWithoutWeight(), DividedRMSNorm())
+RULES = (RMSNorm(), RMSNormWithoutWeight(), ATenRMSNorm(), DividedRMSNorm())

@@ -211,6 +211,11 @@ def layer_norm(draw: int) -> dict[str, Any]:
     return {"x": x(draw, 7), **given}
 
 
+def aten_rms_norm(draw: int) -> dict[str, Any]:
+    width = 7 + 2 * draw
+    return {"x": x(draw, width), "shape": [width], "weight": weight(width), "eps": (None, 1e-5)[draw % 2]}
+
+
 def written_norm(draw: int) -> dict[str, Any]:
     width = 7 + 2 * draw
     return {"x": x(draw, width), "w": weight(width), "b": weight(width), "eps": 1e-5, "correction": 0}
@@ -244,6 +249,7 @@ SAMPLES: dict[str, Callable[[int], Any]] = {
     "matmul_linear": lambda d: {"x": x(d, 5), "w": weight(5, 9 + d)},
     "rms_norm": norm,
     "rms_norm_without_weight": norm,
+    "aten_rms_norm": aten_rms_norm,
     "layer_norm": layer_norm,
     "centered_rms_norm": centered,
     "softmax": lambda d: {"x": x(d, 7), "dim": -1, "wide": torch.float64 if d % 2 else None},
