@@ -17,6 +17,7 @@ from regraft.runtime.decoding.sequences import Sequence
 class StatelessEngine:
     rows = 12
     longest = None
+    remembered = None
     counts_padding = False
     encoder = None
 

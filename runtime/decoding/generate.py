@@ -49,6 +49,10 @@ class Serves(Protocol):
         """Tokens of a sequence beyond which only HuggingFace's loop goes on; None: what is longer is an error."""
 
     @property
+    def remembered(self) -> int | None:
+        """Columns beyond which transformers' own cache forgets keys that the pages would hold; None: it never does."""
+
+    @property
     def counts_padding(self) -> bool:
         """Whether only HuggingFace's loop can say what a prompt behind padding is."""
 
@@ -470,6 +474,8 @@ def moved(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
 
 def too_long(engine: Serves, arguments: Mapping[str, Any], length: int) -> str | None:
     """Why no sequence can become as long as that, padding included, though HuggingFace's loop can; or None."""
+    if engine.remembered is not None and length > engine.remembered:
+        return f"more tokens than the {engine.remembered} that its cache keeps, though its attention sees them"
     mask, longest = arguments.get("attention_mask"), engine.longest
     if longest is None or length <= longest:
         return None

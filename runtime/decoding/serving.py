@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
+from ...compiler.program import LayerSpec
 from ..checks import device_of
 from ..dispatch import Dispatch
 from .beside import Keeps
@@ -31,6 +33,7 @@ class Paged:
         self.flat, self.limits = flat, limits
         self.longest = length if limits.max_seq_len is None and flat.max_positions is None else None
         """Of the model, where nothing but its config bounds a sequence: HuggingFace goes on with a warning."""
+        self.remembered = remembered(model.config, flat.layers)
         self.engine = Engine(flat, device, limits, length)
         self.sampler = Sampler(flat.vocab, device, rows=limits.max_batch_size)
 
@@ -61,6 +64,18 @@ class Paged:
     def session(self, batch_ids: list[list[int]], max_new_tokens: int, states: list[Tensor] | None = None) -> Session:
         """A batch that goes on in step."""
         return self.engine.session(batch_ids, max_new_tokens, states)
+
+
+def remembered(config: Any, layers: Sequence[LayerSpec]) -> int | None:
+    """The most columns for which transformers' cache holds all keys that `layers` see; None: for any number.
+
+    It forgets what lies behind the window of a config, also where the model's masks have no window: a step of decoding
+    then sees fewer keys than a forward over the whole sequence does, and pages would hold them all.
+    """
+    made = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    kept = [getattr(layer, "sliding_window", None) for layer in made]
+    pairs = zip(kept, layers, strict=False)  # fewer where layers share one
+    return min((w for w, layer in pairs if w is not None and not 0 <= layer.left < w), default=None)
 
 
 def paged_of(model: Any) -> Paged | None:

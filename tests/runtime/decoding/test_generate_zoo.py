@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from runtime_models import tiny_llama, tokens
 from transformers.generation.streamers import BaseStreamer
 
 import regraft
@@ -89,6 +90,21 @@ def test_padding_that_moves_positions_is_for_huggingface() -> None:
         actual = [model.generate(**prompt, **call, max_new_tokens=NEW) for call in calls]
     assert all(map(torch.equal, actual, expected))
     assert model.report.record.generated == {FAST: 1, HUGGINGFACE: 3}
+
+
+def test_windows_of_the_cache_alone() -> None:
+    """A window in the config that the model's masks do not have: HuggingFace's cache forgets what they see."""
+    model = tiny_llama(2, sliding_window=8)
+    ids = tokens(2, 6)
+    calls: list[dict[str, Any]] = [{"max_new_tokens": n, "min_new_tokens": n} for n in (2, NEW, 2)]
+    calls += [{**calls[1], "num_beams": 2}]
+    expected = [model.generate(ids, **call) for call in calls]
+    assert not torch.equal(model.generate(ids, use_cache=False, **calls[1]), expected[1]), "nothing was forgotten"
+    model = regraft.optimize(model, verbose=False)
+    with pytest.warns(RegraftWarning, match="more tokens than the 8 that its cache keeps"):
+        actual = [model.generate(ids, **call) for call in calls]
+    assert all(map(torch.equal, actual, expected))
+    assert model.report.record.generated == {FAST: 2, HUGGINGFACE: 2}
 
 
 def test_scores_over_pages() -> None:
