@@ -98,6 +98,7 @@ class Judge:
         self._truths: list[_Truth] = []
         config = getattr(module, "config", None)
         pad = getattr(config, "pad_token_id", None)
+        pad = pad if isinstance(pad, int) and pad >= 0 else None
         cases = make_cases(tensors, bool(getattr(config, "is_encoder_decoder", False)), pad)
         for case in cases:
             reason = violation(case.tensors)

@@ -76,15 +76,17 @@ def _tokens(config: Any, generator: torch.Generator, length: int) -> torch.Tenso
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return None
-    special = {getattr(text, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")} - {None}
-    special |= {v for n, v in vars(config).items() if n.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    flat = {i for s in special for i in (s if isinstance(s, (list, tuple)) else (s,))}
-    usable = torch.tensor([i for i in range(min(vocabulary, 4096 + len(flat))) if i not in flat] or [0])
+    named = [getattr(text, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    named += [v for n, v in vars(config).items() if n.endswith(("_token_id", "_token_index"))]
+    special = {i for v in named for i in (v if isinstance(v, (list, tuple)) else (v,)) if isinstance(i, int)}
+    usable = torch.tensor([i for i in range(min(vocabulary, 4096 + len(special))) if i not in special] or [0])
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and 4 < positions < length + 4:
         length = positions - 4
     tokens = usable[torch.randint(len(usable), (BATCH, length), generator=generator)]
     end = getattr(text, "eos_token_id", None)
+    if isinstance(end, (list, tuple)) and end:
+        end = end[0]
     if hasattr(config, "projection_dim") and isinstance(end, int) and end < vocabulary:
         tokens[:, -1] = end  # a text tower pools at the end token
     return tokens

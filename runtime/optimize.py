@@ -185,8 +185,13 @@ def capture_first(dispatch: Dispatch) -> None:
         if isinstance(served, Unserved) and not record.signatures:
             raise InputError(f"example_inputs: {served.reason} cannot be served by a graph; leave it out")
         return
-    made = make_examples(module, dispatch.original)
-    reason = "its config does not say what they look like" if made is None else _refusal(dispatch, made)
+    reason: str | None = "its config does not say what they look like"
+    try:
+        made = make_examples(module, dispatch.original)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        made, reason = None, f"its config says it in a way of its own, {type(error).__name__}: {error}"
+    if made is not None:
+        reason = _refusal(dispatch, made)
     if made is None or reason is not None:
         message = f"no example inputs could be made ({reason}); what is captured is decided by the first call"
         record.notes.append(Note("", message))

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,46 @@ def test_same_object_with_a_report(model: Any) -> None:
     assert counts["qkv"] == 2 and counts["gate_up"] == 2
     assert data["certificate"]["passed"] and data["near_misses"] is not None
     assert "LlamaForCausalLM" in str(model.report)
+
+
+def test_several_ends_of_a_text_in_the_config() -> None:
+    """As Llama 3.1 has them: they are no words of an example, and end a text each."""
+    plain = tiny_llama(1, eos_token_id=[2, 5, 7], pad_token_id=-1)
+    expected = plain.generate(tokens(), max_new_tokens=12, pad_token_id=0)
+    model = regraft.optimize(plain, verbose=False)
+    (entry,) = model.report.signatures
+    assert entry.served and not {2, 5, 7} & set(entry.captured.example["input_ids"].flatten().tolist())
+    assert [m.case for m in model.report.certificate.measured] == [
+        "as given",
+        "padded left",
+        "padded right",
+        "second shape",
+    ]
+    assert torch.equal(model.generate(tokens(), max_new_tokens=12, pad_token_id=0), expected)
+
+
+def test_a_config_that_says_sizes_in_its_own_way() -> None:
+    """No example can be made of it: the first call decides, and optimize says why."""
+
+    class Tower(torch.nn.Module):
+        main_input_name = "pixel_values"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(image_size=(4, 4, 4), num_channels=2)
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(self.linear(pixel_values))
+
+    plain = Tower().eval()
+    x = torch.randn(2, 2, 4, 4, 4)
+    expected = plain(x).detach()
+    model = regraft.optimize(plain, verbose=False)
+    (note,) = model.report.notes
+    assert "no example inputs could be made (its config says it in a way of its own, ValueError: " in note.message
+    assert (model(x) - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert model.report.calls == {"graph": 1, "original": 0}
 
 
 def test_unknown_options_name_the_closest() -> None:
