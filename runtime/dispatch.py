@@ -45,8 +45,10 @@ MAX_SIGNATURES = 32
 MAX_VARIANTS = 4
 """Graphs kept for one signature where the model's code fixes sizes, each of which then needs a graph of its own."""
 PATIENCE = 30.0
-"""Seconds that the graph of one more length may take to make, where each length needs its own (a scan unrolled)."""
-
+"""Seconds that the graphs of a signature may take to make where each length needs its own (a scan unrolled), and that
+may go by in vain before signatures that are new are left alone, too."""
+TRIED = 3
+"""Signatures that are tried however long that takes."""
 
 PARTS_PATIENCE = 120.0
 """Seconds that graphs of a model's parts may take to make, so far or by the time that each took."""
@@ -80,6 +82,8 @@ class Dispatch(StandIn):
         self._bound: _Bound | None = None
         self._spent: list[float] = []
         """Seconds that each graph of a part took, or the attempt to make one."""
+        self._in_vain: list[float] = []
+        """Seconds that each capture took which failed since one did not."""
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -237,9 +241,15 @@ class Dispatch(StandIn):
         if len(known) >= MAX_VARIANTS:
             violation = known[0].violation(call.tensors)
             return Unserved(f"sizes beyond the {MAX_VARIANTS} fixed ones that are kept ({violation})")
-        if self._estimate(call) > PATIENCE:
+        estimated = self._estimate(call)
+        if estimated and estimated + sum(s.seconds for s in known) > PATIENCE:
             return Unserved(
-                f"a length that the model's code fixes, whose graph would take over {PATIENCE:.0f} s to make"
+                f"a length that the model's code fixes: graphs for each of them would take over {PATIENCE:.0f} s"
+            )
+        if len(self._in_vain) >= TRIED and sum(self._in_vain) > PATIENCE:
+            return Unserved(
+                f"arguments of another kind than {len(self._in_vain)} that could not be captured, which took over "
+                f"{PATIENCE:.0f} s"
             )
         if self.whole is not None and self.whole.parts_take_long():
             return Unserved("a part of a model whose parts take long to capture")
@@ -255,11 +265,13 @@ class Dispatch(StandIn):
                 self._table[call.key] = unserved
             if isinstance(error, CaptureError) and not self.graphs and not self.parts:
                 self._take_parts()
+            self._in_vain.append(time.perf_counter() - started)
             return unserved
         finally:
             self._local.inside = False
             if self.whole is not None:
                 self.whole._spent.append(time.perf_counter() - started)
+        self._in_vain.clear()
         self._table[call.key] = [*known, served]
         violation = served.violation(call.tensors)
         if violation is not None:
@@ -320,6 +332,7 @@ class Dispatch(StandIn):
                 bound.weights.repack()
             elif change is Change.FORM:
                 self._table.clear()
+                self._in_vain.clear()
                 bound.start_anew()
 
     def _by_original(
