@@ -36,12 +36,12 @@ class WgmmaMemory:
 
 @dataclass(frozen=True)
 class Rope:
-    """What `wgmma_kernel` is told of the norm and the rotation of heads, in the order of its arguments."""
+    """What `linear_kernel` and `stream_heads_kernel` are told of norm and rotation, in the order of their arguments."""
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     """cos, sin, the norm's weights of q and k (anything where there are none)."""
     numbers: tuple[float, ...]
-    """Rows of a sequence, strides of cos and of sin by sequence and row, columns of q, of q and k, eps, offset."""
+    """Rows of a sequence, strides of cos and of sin by sequence and row, where q ends, where k ends, eps, offset."""
     traits: tuple[Any, ...]
     """The constexpr `ROPE`."""
 

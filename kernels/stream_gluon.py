@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import triton
@@ -15,10 +16,10 @@ from . import linear_act as ops
 from . import linear_act_triton, skinny_triton
 from .counters import counters
 from .launch import empty, launch, library, on_device, rows_aligned
-from .linear_act_wgmma import refuse_operands
+from .linear_act_wgmma import Rope, refuse_operands
 from .op import Kernel, Signature
 from .skinny_triton import MAX_ROWS, block_of_rows
-from .stream_kernel import stream_kernel
+from .stream_kernel import stream_heads_kernel, stream_kernel
 
 ROWS: Final = 64
 """Rows of the weight in a tile, which are the fewest that the matrix unit takes; gated: of gate and of up each."""
@@ -26,6 +27,8 @@ BLOCK_K: Final = 256
 """Columns of a step at most: memory is faster the longer the pieces that are read of a row."""
 STAGES: Final = 3
 """Of the ring at least, for the sake of which a step has fewer columns."""
+HEAD: Final = 2 * ROWS
+"""Columns of the heads that are turned in the kernel."""
 RING: Final = 216 * 1024
 """Bytes of shared memory for weights and rows of x on their way."""
 
@@ -46,45 +49,99 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [step, 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
-    k = x.shape[-1]
-    n = weight.shape[0] // 2 if gated else weight.shape[0]
-    rows = x.reshape(-1, k)
-    m = rows.shape[0]
-    if min(m, n, k) == 0 or m > MAX_ROWS or not _readable(rows) or not _readable(weight):
-        return (skinny_triton.gate_up if gated else skinny_triton.linear_act)(x, weight, bias, kind)
-    y = empty((*x.shape[:-1], n), x.dtype, x.device)
-    parts, block_t, block_k = 2 if gated else 1, block_of_rows(m), BLOCK_K
+@dataclass(frozen=True)
+class _Plan:
+    """How the steps of a product are dealt out, and the arguments of the kernel that say so."""
+
+    grid: tuple[int]
+    descriptors: tuple[TensorDescriptor, TensorDescriptor]
+    scratch: tuple[Tensor, Tensor]
+    """What is left of tiles in parts, and how many programs have left it."""
+    steps: int
+    depth: int
+    launch: dict[str, Any]
+
+
+def _plan(rows: Tensor, weight: Tensor, tiles: int, parts: int) -> _Plan:
+    """`parts`: of ROWS rows each, of which a tile consists."""
+    k, block_t, block_k = rows.shape[1], block_of_rows(rows.shape[0]), BLOCK_K
     while RING // (2 * block_k * (parts * ROWS + block_t)) < STAGES:
         block_k //= 2
-    tiles, depth = triton.cdiv(n, ROWS), triton.cdiv(k, block_k)
+    depth = triton.cdiv(k, block_k)
     steps = tiles * depth
-    programs = min(_multiprocessors(x.device), steps)
-    part = empty((programs, 2, parts, block_t, ROWS), torch.float32, x.device)
+    programs = min(_multiprocessors(rows.device), steps)
+    part = empty((programs, 2, parts, block_t, ROWS), torch.float32, rows.device)
+    options = {
+        "MOST": triton.next_power_of_2(triton.cdiv(depth, steps // programs) + 1),
+        "STAGES": RING // (2 * block_k * (parts * ROWS + block_t)),
+        "num_warps": 4,
+        "launch_pdl": True,
+    }
+    descriptors = _descriptor(rows, [block_t, block_k]), _descriptor(weight, [ROWS, block_k])
+    return _Plan((programs,), descriptors, (part, library(counters, tiles, rows.device)), steps, depth, options)
+
+
+def readable(rows: Tensor, weight: Tensor) -> bool:
+    """Whether x as `[M, K]` and the weight are neither empty nor anything that the kernel cannot read."""
+    return min(*rows.shape, *weight.shape) > 0 and rows.shape[0] <= MAX_ROWS and _readable(rows) and _readable(weight)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
+    n = weight.shape[0] // 2 if gated else weight.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
+    if n == 0 or not readable(rows, weight):
+        return (skinny_triton.gate_up if gated else skinny_triton.linear_act)(x, weight, bias, kind)
+    y = empty((*x.shape[:-1], n), x.dtype, x.device)
+    plan = _plan(rows, weight, triton.cdiv(n, ROWS), 2 if gated else 1)
     with on_device(x):
         launch(
             stream_kernel,
-            (programs,),
-            _descriptor(rows, [block_t, block_k]),
-            _descriptor(weight, [ROWS, block_k]),
+            plan.grid,
+            *plan.descriptors,
             x if bias is None else bias,
             y,
-            part,
-            library(counters, tiles, x.device),
-            m,
+            *plan.scratch,
+            rows.shape[0],
             n,
-            steps,
-            depth,
+            plan.steps,
+            plan.depth,
             0 if bias is None else bias.stride(0),
             HAS_BIAS=bias is not None,
             KIND=kind,
             GATED=gated,
-            MOST=triton.next_power_of_2(triton.cdiv(depth, steps // programs) + 1),
-            STAGES=RING // (2 * block_k * (parts * ROWS + block_t)),
-            num_warps=4,
-            launch_pdl=True,
+            **plan.launch,
         )
     return y
+
+
+def linear_rope(rows: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rope: Rope) -> None:
+    """y `[..., N]` = rows `[M, K]` @ weight.T + bias, heads of q and k among its columns turned; see `Rope`.
+
+    A head is a tile, of 2 * ROWS columns. The tensors are `readable`; those of `rope` are contiguous in their last
+    dimension.
+    """
+    n = weight.shape[0]
+    plan = _plan(rows, weight, triton.cdiv(n, HEAD), 2)
+    with on_device(rows):
+        launch(
+            stream_heads_kernel,
+            plan.grid,
+            *plan.descriptors,
+            rows if bias is None else bias,
+            y,
+            *plan.scratch,
+            rows.shape[0],
+            n,
+            plan.steps,
+            plan.depth,
+            0 if bias is None else bias.stride(0),
+            *rope.tensors,
+            *rope.numbers,
+            HAS_BIAS=bias is not None,
+            ROPE=rope.traits,
+            enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
+            **plan.launch,
+        )
 
 
 def refuse_rows(signature: Signature) -> str | None:

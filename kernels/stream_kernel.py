@@ -3,7 +3,8 @@
 
 The weight is cut into tiles of 64 rows (gated: 64 of gate and 64 of up) and these into steps of some columns. All
 steps, tile by tile, are dealt out in equal shares to as many programs as there are multiprocessors. Rows of the weight
-are the matrix unit's first operand, rows of x the second, 8 to 64 wide; both come by TMA.
+are the matrix unit's first operand, rows of x the second, 8 to 64 wide; both come by TMA. Where the weight is that of
+q, k and v, a tile is a head of 128 rows, its halves as gate and up are: the program that ends it turns it as well.
 
 The ring is filled with weights before a program waits for the kernel that computes x: the memory is busy while that
 kernel ends. What wrote the weight must have ended when the last kernel launched without `launch_pdl` began, as in
@@ -22,11 +23,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation_triton import activate
 from .gluon_barrier import thread_barrier
+from .wgmma_kernel import weighted
 
 
 @gluon.jit
-def _copy_weight(w_desc, w_bufs, bar, stage, row, col, up_offset, wanted, GATED: gl.constexpr):
-    if GATED:
+def _copy_weight(w_desc, w_bufs, bar, stage, row, col, up_offset, wanted, PARTS: gl.constexpr):
+    if PARTS == 2:
         tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(2 * stage), pred=wanted)
         up = w_bufs.index(2 * stage + 1)
         tma.async_copy_global_to_shared(w_desc, [row + up_offset, col], bar, up, pred=wanted)
@@ -45,10 +47,12 @@ def _add(acc, up, parts, program, steps, programs, begin, mask, PARTS: gl.conste
 
 
 @gluon.jit
-def _finish(
-    acc, up, b_ptr, y_ptr, n, t, M, N, stride_b, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr
-):  # fmt: skip
-    """Bias, activation and store of a tile: rows n of the weight, rows t of x, broadcast against each other."""
+def _finish(acc, up, out, n, t, M, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr):
+    """Bias, activation and store of a tile: rows n of the weight, rows t of x, broadcast against each other.
+
+    `out`: bias, y, columns of y, the bias' stride.
+    """
+    b_ptr, y_ptr, N, stride_b = out
     if HAS_BIAS:
         acc += gl.load(b_ptr + n * stride_b, mask=n < N, other=0.0).to(gl.float32)
         if GATED:
@@ -59,6 +63,66 @@ def _finish(
     gl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (t < M))
 
 
+@gluon.jit
+def _tables(rope, r, t, M, HALF: gl.constexpr):
+    """cos and sin `[rows of x, HALF]` of both halves of a head, for rows r of a half and rows t of x.
+
+    `rope`: cos, sin, q and k norm weights, rows of a sequence, strides of cos and sin by sequence and position, heads
+    of q, of q and k, eps, offset.
+    """
+    cos_ptr, sin_ptr, _, _, length, cos_b, cos_s, sin_b, sin_s, _, _, _, _ = rope
+    r, t = gl.expand_dims(r, 0), gl.expand_dims(t, 1)
+    used = (t < M) & (r >= 0)
+    cos_ptr += t // length * cos_b + t % length * cos_s + r
+    sin_ptr += t // length * sin_b + t % length * sin_s + r
+    cos1 = gl.load(cos_ptr, mask=used, other=0.0)
+    cos2 = gl.load(cos_ptr + HALF, mask=used, other=0.0)
+    sin1 = gl.load(sin_ptr, mask=used, other=0.0)
+    sin2 = gl.load(sin_ptr + HALF, mask=used, other=0.0)
+    return cos1, cos2, sin1, sin2
+
+
+@gluon.jit
+def _turn(x1, x2, out, tile, r, t, M, rope, tables, ROPE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Bias, norm, rotation and store of a head, whose halves are `[rows of x, ROWS]`; heads of v pass through.
+
+    `ROPE`: whether there is a norm, the dtype in it before the weight and after (None without a weight), and the dtype
+    of the products with cos and sin.
+    """
+    b_ptr, y_ptr, N, stride_b = out
+    _, _, qw_ptr, kw_ptr, _, _, _, _, _, q_heads, heads, eps, offset = rope
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    HALF: gl.constexpr = x1.shape[1]
+    first = tile * (2 * HALF) + r
+    n = gl.expand_dims(first, 0)
+    if HAS_BIAS:
+        x1 += gl.load(b_ptr + n * stride_b, mask=n < N, other=0.0).to(gl.float32)
+        x2 += gl.load(b_ptr + (n + HALF) * stride_b, mask=n + HALF < N, other=0.0).to(gl.float32)
+    y1 = x1.to(dtype)
+    y2 = x2.to(dtype)
+    if tile < heads:
+        x1 = y1.to(gl.float32)
+        x2 = y2.to(gl.float32)
+        if ROPE[0]:
+            scale = gl.rsqrt(gl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + eps)
+            w_ptr = qw_ptr
+            if tile >= q_heads:
+                w_ptr = kw_ptr
+            x1 = weighted(x1, scale, w_ptr, r, offset, ROPE[1], ROPE[2], dtype)
+            x2 = weighted(x2, scale, w_ptr + HALF, r, offset, ROPE[1], ROPE[2], dtype)
+        cos1, cos2, sin1, sin2 = tables
+        PRODUCT: gl.constexpr = ROPE[3]
+        # each product is rounded before the sum, as x * cos + rotated(x) * sin does
+        one = (x1 * cos1.to(gl.float32)).to(PRODUCT).to(gl.float32)
+        y1 = (one - (x2 * sin1.to(gl.float32)).to(PRODUCT).to(gl.float32)).to(PRODUCT).to(dtype)
+        two = (x2 * cos2.to(gl.float32)).to(PRODUCT).to(gl.float32)
+        y2 = (two + (x1 * sin2.to(gl.float32)).to(PRODUCT).to(gl.float32)).to(PRODUCT).to(dtype)
+    t = gl.expand_dims(t, 1)
+    y_ptr += t * N + n
+    gl.store(y_ptr, y1, mask=(n < N) & (t < M))
+    gl.store(y_ptr + HALF, y2, mask=(n + HALF < N) & (t < M))
+
+
 @gluon.constexpr_function
 def _flat(rows, warps):
     """The layout in which parts `[rows of x, rows of the weight]` are read again."""
@@ -66,17 +130,16 @@ def _flat(rows, warps):
     return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
-@gluon.jit(do_not_specialize=["M", "N", "steps", "depth", "stride_b"])
-def stream_kernel(
-    x_desc, w_desc, b_ptr, y_ptr, part_ptr, count_ptr, M, N, steps, depth, stride_b,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, MOST: gl.constexpr,
+@gluon.jit
+def _stream(
+    x_desc, w_desc, out, rope, part_ptr, count_ptr, M, up_offset, steps, depth,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, ROPE: gl.constexpr, MOST: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`depth`: steps of a tile. part `[programs, 2 tiles, gate and up, rows of x, rows of a tile]` fp32, with anything
-    in it; count `[tiles]` int32, 0 before and after. MOST: programs that may share a tile."""
     gdc_launch_dependents()
-    PARTS: gl.constexpr = 2 if GATED else 1
+    PARTS: gl.constexpr = 2 if GATED or ROPE is not None else 1
     ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    TILE: gl.constexpr = ROWS if ROPE is None else 2 * ROWS  # rows of the weight from one tile to the next
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
     BYTES: gl.constexpr = (PARTS * ROWS + BLOCK_T) * BLOCK_K * 2
@@ -95,13 +158,18 @@ def stream_kernel(
         step = first + i
         wanted = step < last
         mbarrier.expect(full.index(i), BYTES, pred=wanted)
-        row, col = step // depth * ROWS, step % depth * BLOCK_K
-        _copy_weight(w_desc, w_bufs, full.index(i), i, row, col, N, wanted, GATED)
+        row, col = step // depth * TILE, step % depth * BLOCK_K
+        _copy_weight(w_desc, w_bufs, full.index(i), i, row, col, up_offset, wanted, PARTS)
     gdc_wait()
     for i in gl.static_range(STAGES - 1):
         step = first + i
         col = step % depth * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [0, col], full.index(i), x_bufs.index(i), pred=step < last)
+    FLAT: gl.constexpr = _flat(ROWS, gl.num_warps())
+    if ROPE is not None:
+        head_r = gl.arange(0, ROWS, gl.SliceLayout(0, FLAT))
+        head_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, FLAT))
+        tables = _tables(rope, head_r, head_t, M, ROWS)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_T, 16])
     r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     t = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
@@ -119,7 +187,7 @@ def stream_kernel(
             mbarrier.wait(full.index(stage), phase)
             x = x_bufs.index(stage).permute((1, 0))
             acc = warpgroup_mma(w_bufs.index(PARTS * stage), x, acc, use_acc=step > start, is_async=True)
-            if GATED:
+            if PARTS == 2:
                 up = warpgroup_mma(w_bufs.index(2 * stage + 1), x, up, use_acc=step > start, is_async=True)
                 acc, up = warpgroup_mma_wait(2, deps=[acc, up])
             else:
@@ -129,35 +197,37 @@ def stream_kernel(
             ahead = step + STAGES - 1
             wanted = ahead < last
             mbarrier.expect(bar, BYTES, pred=wanted)
-            row, col = ahead // depth * ROWS, ahead % depth * BLOCK_K
-            _copy_weight(w_desc, w_bufs, bar, behind, row, col, N, wanted, GATED)
+            row, col = ahead // depth * TILE, ahead % depth * BLOCK_K
+            _copy_weight(w_desc, w_bufs, bar, behind, row, col, up_offset, wanted, PARTS)
             tma.async_copy_global_to_shared(x_desc, [0, col], bar, x_bufs.index(behind), pred=wanted)
             behind = stage
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        if GATED:
+        if PARTS == 2:
             acc, up = warpgroup_mma_wait(0, deps=[acc, up])
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
-        if stop - start == depth:
+        whole: gl.constexpr = False  # a head is turned in the layout in which parts are added
+        if ROPE is None:
+            whole = stop - start == depth
+        if whole:
             n, rows = gl.expand_dims(tile * ROWS + r, 1), gl.expand_dims(t, 0)
-            _finish(acc, up, b_ptr, y_ptr, n, rows, M, N, stride_b, HAS_BIAS, KIND, GATED)
+            _finish(acc, up, out, n, rows, M, HAS_BIAS, KIND, GATED)
         else:
             SIZE: gl.constexpr = BLOCK_T * ROWS
             left = part_ptr + (2 * place + (start > first).to(gl.int32)) * (PARTS * SIZE)
             left = left + gl.expand_dims(t * ROWS, 0) + gl.expand_dims(r, 1)
             used = gl.expand_dims(r >= 0, 1) & gl.expand_dims(t < M, 0)
             gl.store(left, acc, mask=used)
-            if GATED:
+            if PARTS == 2:
                 gl.store(left + SIZE, up, mask=used)
             one = ((begin + 1) * programs - 1) // steps  # the programs that share the tile, from one to another
             other = ((begin + depth) * programs - 1) // steps
             thread_barrier()
             if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == other - one:  # the last of them adds up
                 gl.store(count_ptr + tile, 0)
-                FLAT: gl.constexpr = _flat(ROWS, gl.num_warps())
                 flat_t = gl.expand_dims(gl.arange(0, BLOCK_T, gl.SliceLayout(1, FLAT)), 1)
                 flat_r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, FLAT)), 0)
                 parts = part_ptr + flat_t * ROWS + flat_r
@@ -175,6 +245,38 @@ def stream_kernel(
                         sum_acc, sum_up = _add(
                             sum_acc, sum_up, parts, program, steps, programs, begin, real, PARTS, SIZE
                         )  # fmt: skip
-                flat_n = tile * ROWS + flat_r
-                _finish(sum_acc, sum_up, b_ptr, y_ptr, flat_n, flat_t, M, N, stride_b, HAS_BIAS, KIND, GATED)
+                if ROPE is None:
+                    _finish(sum_acc, sum_up, out, tile * ROWS + flat_r, flat_t, M, HAS_BIAS, KIND, GATED)
+                else:
+                    _turn(sum_acc, sum_up, out, tile, head_r, head_t, M, rope, tables, ROPE, HAS_BIAS)
         start = stop
+
+
+@gluon.jit(do_not_specialize=["M", "N", "steps", "depth", "stride_b"])
+def stream_kernel(
+    x_desc, w_desc, b_ptr, y_ptr, part_ptr, count_ptr, M, N, steps, depth, stride_b,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, MOST: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """`depth`: steps of a tile. part `[programs, 2 tiles, gate and up, rows of x, rows of a tile]` fp32, with anything
+    in it; count `[tiles]` int32, 0 before and after. MOST: programs that may share a tile."""
+    out = (b_ptr, y_ptr, N, stride_b)
+    _stream(
+        x_desc, w_desc, out, None, part_ptr, count_ptr, M, N, steps, depth, HAS_BIAS, KIND, GATED, None, MOST, STAGES
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "N", "steps", "depth", "stride_b", "length", "q_heads", "heads"])
+def stream_heads_kernel(
+    x_desc, w_desc, b_ptr, y_ptr, part_ptr, count_ptr, M, N, steps, depth, stride_b,
+    cos_ptr, sin_ptr, qw_ptr, kw_ptr, length, cos_b, cos_s, sin_b, sin_s, q_heads, heads, eps, offset,
+    HAS_BIAS: gl.constexpr, ROPE: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `stream_kernel` without an activation; a tile is a head, those of q and k are turned (`_tables`, `_turn`)."""
+    ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    out = (b_ptr, y_ptr, N, stride_b)
+    rope = (cos_ptr, sin_ptr, qw_ptr, kw_ptr, length, cos_b, cos_s, sin_b, sin_s, q_heads, heads, eps, offset)
+    _stream(
+        x_desc, w_desc, out, rope, part_ptr, count_ptr, M, ROWS, steps, depth, HAS_BIAS, "identity", False, ROPE, MOST,
+        STAGES,
+    )  # fmt: skip

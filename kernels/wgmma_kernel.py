@@ -268,7 +268,7 @@ def _finish(
 
 
 @gluon.jit
-def _weighted(x, scale, w_ptr, cols, offset, MID: gl.constexpr, PROMOTED: gl.constexpr, OUT: gl.constexpr):
+def weighted(x, scale, w_ptr, cols, offset, MID: gl.constexpr, PROMOTED: gl.constexpr, OUT: gl.constexpr):
     """One part `[n, w]` of normalised heads, rounded as the op `rms_norm` rounds; PROMOTED is None without a weight."""
     y = (x * gl.expand_dims(scale, 1)).to(MID).to(gl.float32)
     if PROMOTED is not None:
@@ -339,8 +339,8 @@ def _turn_heads(
                 x1 = y1.to(gl.float32)
                 x2 = y2.to(gl.float32)
                 if HAS_NORM:
-                    x1 = _weighted(x1, scale, w_ptr + part * WIDTH, c, offset, MID, PROMOTED, dtype)
-                    x2 = _weighted(x2, scale, w_ptr + HALF + part * WIDTH, c, offset, MID, PROMOTED, dtype)
+                    x1 = weighted(x1, scale, w_ptr + part * WIDTH, c, offset, MID, PROMOTED, dtype)
+                    x2 = weighted(x2, scale, w_ptr + HALF + part * WIDTH, c, offset, MID, PROMOTED, dtype)
                 cos1 = gl.load(cos_rows + part * WIDTH, mask=inside, other=0.0).to(gl.float32)
                 sin1 = gl.load(sin_rows + part * WIDTH, mask=inside, other=0.0).to(gl.float32)
                 # each product is rounded before the sum, as x * cos + rotated(x) * sin does

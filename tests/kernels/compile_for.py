@@ -27,6 +27,7 @@ from regraft.kernels import (
     overlap,
     paged_attention_triton,
     paged_decode_triton,
+    qkv_rope_stream,
     rms_norm_triton,
     softmax_ring,
     stream_gluon,
@@ -99,6 +100,11 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             kernel, _ = launched.pop()
             row = {"case": f"stream {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
             rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
+        tables, heads = torch.empty(8, 128, dtype=half), (24, 4, 128, True, 1e-6, 0.0, half, "half", None)
+        qkv_rope_stream.qkv_rope(x, weight, None, tables, tables, tables[0], tables[0], *heads)
+        kernel, _ = launched.pop()
+        row = {"case": "stream qkv_rope", "shared": kernel.metadata.shared, "copies": False}
+        rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
         softmax_ring._multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE

