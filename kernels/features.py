@@ -95,6 +95,12 @@ def _linear_act(args: Sequence[Any]) -> Features:
     return {**_linear(args), "act": int(args[3] != "identity")}
 
 
+def _qkv_rope(args: Sequence[Any]) -> Features:
+    """And D: columns of a head where heads are rotated whole, in two halves; otherwise 0."""
+    cos, head, layout = args[3], args[9], args[14]
+    return {**_linear(args), "D": head if cos.shape[-1] == head and layout == "half" else 0}
+
+
 def _experts(args: Sequence[Any]) -> Features:
     """T tokens, D = width, E experts, R = rows of an expert on average (rounded up), bytes."""
     x, index, experts = args[0], args[1], args[3].shape[0]
@@ -114,7 +120,7 @@ _BY_OP: Final[Mapping[str, Callable[[Sequence[Any]], Features]]] = MappingProxyT
         "paged_attention": _paged_attention,
         "linear_act": _linear_act,
         "gate_up": _linear,
-        "qkv_rope": _linear,
+        "qkv_rope": _qkv_rope,
         "moe_experts": _experts,
         **dict.fromkeys((op.name for op in JOINT.values()), _behind_norm),
     }
