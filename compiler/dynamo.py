@@ -64,6 +64,8 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
     exported again with the same sizes left open.
     """
     graph_module, arguments = _without_sizes(gm)
+    if not arguments:
+        raise CaptureError("", "Dynamo's graph takes no tensors")
     tensors = tuple(examples[a.position].detach() for a in arguments)
     dynamic = tuple(_dynamic_dims(n) for n in graph_module.graph.nodes if n.op == "placeholder")
     try:

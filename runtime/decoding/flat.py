@@ -276,7 +276,7 @@ def _check_sizes(program: Program, tensors: dict[str, Tensor]) -> None:
     for name, guard in program.limits.tensors.items():
         length = guard.shape[min(1, len(guard.shape) - 1)]
         if isinstance(length, int):
-            raise CacheError(f"its code fixes the number of tokens: {name} is {list(guard.shape)}")
+            raise CacheError(f"its code fixes the number of tokens: {name} has {length}")
         low, _ = program.limits.ranges.get(length, (1, None))
         if low > 1:
             raise CacheError(f"{name} has at least {low} tokens")

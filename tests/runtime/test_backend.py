@@ -149,3 +149,10 @@ def test_an_error_of_ours_leaves_the_graph_as_it_is(monkeypatch: pytest.MonkeyPa
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match="nobody foresaw this"):
         torch.compile(model, backend=backend, options={"on_error": "raise"})(x)
+
+
+def test_a_graph_without_tensors_is_left_as_it_is() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: torch.arange(5).float() * 2, backend=backend)
+    with pytest.warns(regraft.RegraftWarning, match="Dynamo's graph takes no tensors"):
+        assert torch.equal(compiled(), torch.arange(5).float() * 2)
