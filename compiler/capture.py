@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from .cache_recording import Blueprint
-from .errors import CaptureError, first_lines, model_files, source_line
+from .errors import CaptureError, RefusedError, first_lines, model_files, source_line
 from .example_inputs import enlarge, on_device, proposals, same_batch, same_length
 from .functional import functional
 from .huggingface import Capturing, capturing
@@ -67,11 +67,16 @@ def capture(
     weight = next(model.parameters(), None)
     device = weight.device if weight is not None else torch.device("cpu")
     enlarged = enlarge(tensors)
-    program = _capture(model, forward, enlarged, static, device, files)
-    if any(enlarged[n] is not t for n, t in tensors.items()) and program.limits.violation(tensors) is not None:
-        # The model's code fixes a size that was 1 and is not any more: take the arguments as they are.
-        program = _capture(model, forward, tensors, static, device, files)
-    return program
+    changed = any(enlarged[n] is not t for n, t in tensors.items())
+    try:
+        program = _capture(model, forward, enlarged, static, device, files)
+        fits = not changed or program.limits.violation(tensors) is None
+    except RefusedError:
+        if not changed:
+            raise
+        fits = False
+    # The model's code fixes a size that was 1 and is not any more: take the arguments as they are.
+    return program if fits else _capture(model, forward, tensors, static, device, files)
 
 
 def _capture(
@@ -87,7 +92,7 @@ def _capture(
         try:
             returned = _concrete_run(model, forward, examples, static, state)
         except Exception as error:
-            raise _failure(error, files, "its forward fails on these arguments") from error
+            raise _failure(error, files, "its forward fails on these arguments", RefusedError) from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
         exported, notes = _export(call, values, examples, files)
@@ -203,11 +208,13 @@ def _fixed(
     return notes
 
 
-def _failure(error: Exception, files: frozenset[str], reason: str) -> CaptureError:
+def _failure(
+    error: Exception, files: frozenset[str], reason: str, kind: type[CaptureError] = CaptureError
+) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     hint = "The model keeps its own forward; parts of it may still be captured"
-    return CaptureError("", f"{reason} ({first_lines(error)})", source_line(error, files), hint)
+    return kind("", f"{reason} ({first_lines(error)})", source_line(error, files), hint)
 
 
 def _program(

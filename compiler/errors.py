@@ -23,6 +23,10 @@ class CaptureError(RuntimeError):
         super().__init__(f"{module or 'the model'}: {reason}{where}" + (f". {hint}" if hint else ""))
 
 
+class RefusedError(CaptureError):
+    """The model's own forward fails on these arguments."""
+
+
 def model_files(model: nn.Module) -> frozenset[str]:
     """Files that define the classes of the model's modules, without torch's own."""
     files = set()

@@ -325,6 +325,24 @@ def test_a_size_of_one_that_the_code_fixes_stays_one() -> None:
     torch.testing.assert_close(run(program, model, {"x": x}), model(x).detach())
 
 
+class _Mono(nn.Module):
+    """Takes one channel, and says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 1:
+            raise ValueError(f"audio must be mono, not {x.shape[1]} channels")
+        return torch.tanh(x)
+
+
+def test_a_size_of_one_that_the_code_insists_on_stays_one() -> None:
+    x = torch.randn(1, 1, 8)
+    program = capture(_Mono().eval(), {"x": x}, cache=False)
+    assert program.limits.violation({"x": x}) is None
+    assert torch.equal(run(program, _Mono(), {"x": x}), torch.tanh(x))
+    with pytest.raises(CaptureError, match=r"its forward fails on these arguments .*mono, not 2 channels"):
+        capture(_Mono().eval(), {"x": x.expand(1, 2, 8)}, cache=False)
+
+
 def test_training_mode_and_states_that_are_no_keys_and_values_are_refused() -> None:
     model, inputs = zoo.build("llama")
     with pytest.raises(CaptureError, match="training mode"):
