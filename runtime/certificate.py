@@ -16,8 +16,9 @@ from torch import nn
 
 from ..compiler.verify import Distance, bound_for, distance, higher
 from .cases import Case, make_cases
-from .checks import dtype_of
+from .checks import device_of, dtype_of
 from .oracle import run_oracle, run_reference
+from .random_state import alike
 
 log = logging.getLogger("regraft.certificate")
 
@@ -91,7 +92,7 @@ class Judge:
         `eager` measures against the model's own eager attention, otherwise against the one it is configured with.
         """
         self._module, self._forward, self._static = module, forward, static
-        self.dtype = dtype_of(module)
+        self.dtype, self._device = dtype_of(module), device_of(module)
         target = higher(self.dtype)
         self.oracle = f"the original's code in {str(target).removeprefix('torch.')}"
         self.skipped: list[str] = []
@@ -107,18 +108,21 @@ class Judge:
                 continue
             inputs = {**case.tensors, **static}
             try:
-                original = named_outputs(run_reference(module, forward, inputs, eager=eager))
+                with alike(self._device):
+                    original = named_outputs(run_reference(module, forward, inputs, eager=eager))
             except Exception as error:  # whatever a model's code raises on a variant that it was not made for
                 if case.name == "as given":
                     raise
                 self.skipped.append(f"{case.name}: the original refuses it ({type(error).__name__})")
                 continue
             try:
-                oracle = named_outputs(run_oracle(module, forward, inputs, target, eager=eager))
+                with alike(self._device):
+                    oracle = named_outputs(run_oracle(module, forward, inputs, target, eager=eager))
             except Exception as error:  # noqa: BLE001 - a model's code may refuse another dtype in any way it likes
                 log.info("the original's code does not run in %s (%s)", target, error)
                 self.oracle = f"the captured graph in {str(target).removeprefix('torch.')}"
-                oracle = named_outputs(raised(case.tensors, target))
+                with alike(self._device):
+                    oracle = named_outputs(raised(case.tensors, target))
             self._truths.append(_Truth(case, original, oracle))
         self._noise = self._noise_of_few()
 
@@ -140,7 +144,8 @@ class Judge:
         """
         truth = self._truths[0]
         inputs = {**truth.case.tensors, **self._static}
-        configured = named_outputs(run_reference(self._module, self._forward, inputs, eager=False))
+        with alike(self._device):
+            configured = named_outputs(run_reference(self._module, self._forward, inputs, eager=False))
         for name, eager in truth.original.items():
             if name not in configured or configured[name].shape != eager.shape:
                 continue
@@ -156,7 +161,8 @@ class Judge:
         """Compare a candidate on every case; stops at the first that fails."""
         measured: list[Measured] = []
         for truth in self._truths:
-            found = named_outputs(run(truth.case.tensors))
+            with alike(self._device):
+                found = named_outputs(run(truth.case.tensors))
             result = self._compare(truth, found)
             if isinstance(result, str):
                 return Certificate(False, tuple(measured), tuple(self.skipped), self.oracle, result)

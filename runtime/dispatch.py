@@ -32,6 +32,7 @@ from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
 from .options import Options
 from .parts import parts_of
+from .random_state import kept
 from .record import Record
 from .report import Report
 from .weights import Change, Weights
@@ -172,11 +173,8 @@ class Dispatch(StandIn):
             if bound.weights.changes() is not Change.NONE:
                 self._follow(bound)
             if key not in bound.made:
-                self._local.inside = True
-                try:
+                with self._making(bound):
                     bound.made[key] = make(bound.builder)
-                finally:
-                    self._local.inside = False
             found: T = bound.made[key]
             return found
 
@@ -253,10 +251,10 @@ class Dispatch(StandIn):
             )
         if self.whole is not None and self.whole.parts_take_long():
             return Unserved("a part of a model whose parts take long to capture")
-        self._local.inside = True
         started = time.perf_counter()
         try:
-            served = bound.builder.build(call)
+            with self._making(bound):
+                served = bound.builder.build(call)
         except (CaptureError, RegraftError) as error:
             if self.options.raises:
                 raise
@@ -268,7 +266,6 @@ class Dispatch(StandIn):
             self._in_vain.append(time.perf_counter() - started)
             return unserved
         finally:
-            self._local.inside = False
             if self.whole is not None:
                 self.whole._spent.append(time.perf_counter() - started)
         self._in_vain.clear()
@@ -277,6 +274,16 @@ class Dispatch(StandIn):
         if violation is not None:
             return Unserved(f"sizes that no graph could be captured for ({violation})")
         return served
+
+    @contextlib.contextmanager
+    def _making(self, bound: _Bound) -> Iterator[None]:
+        """Meanwhile calls are served by the original, and random numbers are drawn aside."""
+        self._local.inside = True
+        try:
+            with kept(bound.builder.device):
+                yield
+        finally:
+            self._local.inside = False
 
     def _estimate(self, call: Call) -> float:
         """Seconds to make a graph for this call, if graphs so far hold for one length each: they grow with it."""
