@@ -7,6 +7,7 @@ for this model: it is what the caller gets today.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..compiler.program import Input, InputKind, Note, Program
 from ..compiler.verify import Upcast
 from .certificate import Certificate, Judge
 from .errors import ParityError
+
+log = logging.getLogger("regraft")
 
 Run = Callable[[Mapping[str, torch.Tensor]], Any]
 
@@ -60,7 +63,8 @@ class Certifier:
         if difference is None:
             return None
         message = f"{configured[0]}, which the model is configured with, does not compute what its eager attention does"
-        return Note("", f"{message} ({difference}); the graph follows the eager attention")
+        log.info("%s: %s", message, difference)  # other numbers for each signature: the note is one
+        return Note("", f"{message}; the graph follows the eager attention")
 
     def _configured(self) -> list[str]:
         names = {getattr(getattr(m, "config", None), "_attn_implementation", None) for m in self._module.modules()}
@@ -86,7 +90,8 @@ class Certifier:
                 message = (
                     f"the model's eager attention is not what {configured[0]}, which it is configured with, computes"
                 )
-                return Note("", f"{message} ({captured.reason}); the graph follows {configured[0]}")
+                log.info("%s: %s", message, captured.reason)
+                return Note("", f"{message}; the graph follows {configured[0]}")
         raise ParityError(f"the captured graph differs from the original: {captured.reason}")
 
     def _make_judge(self, *, eager: bool) -> Judge:
