@@ -53,7 +53,15 @@ def _is_mask4(tensor: Tensor) -> bool:
 def proposals(tensors: dict[str, Tensor]) -> Iterator[dict[str, tuple[int, ...]]]:
     """For each input the dimensions that may vary: all plausible, then fewer, at last none."""
     seen: list[dict[str, tuple[int, ...]]] = []
-    for plan in (_plausible, _integers_only, _batch_only, _nothing):
+    lengths = {t.shape[1] for t in tensors.values() if t.dim() == 2 and _integral(t)}
+
+    def with_tokens(tensor: Tensor) -> tuple[int, ...]:
+        """Of a mask `[B, N, ...]` that goes by the tokens `[B, N]`, the number of tokens, too."""
+        dims = _plausible(tensor)
+        goes_by_tokens = tensor.dim() >= 3 and _integral(tensor) and tensor.shape[1] in lengths
+        return tuple(sorted({*dims, 1})) if goes_by_tokens else dims
+
+    for plan in (with_tokens, _plausible, _integers_only, _batch_only, _nothing):
         dims = {n: tuple(d for d in plan(t) if t.shape[d] > 1) for n, t in tensors.items()}
         if dims not in seen:
             seen.append(dims)

@@ -325,6 +325,31 @@ def test_a_size_of_one_that_the_code_fixes_stays_one() -> None:
     torch.testing.assert_close(run(program, model, {"x": x}), model(x).detach())
 
 
+class _Beside(nn.Module):
+    """Tokens, and of each which of some pictures' tiles it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+
+    def forward(self, input_ids: Tensor, seen: Tensor) -> Tensor:
+        weight = seen.flatten(2).float().sum(-1, keepdim=True)
+        return torch.tanh(self.embedding(input_ids) * weight)
+
+
+def test_a_mask_that_goes_by_the_tokens_has_their_length() -> None:
+    """Of rank 4, its second dimension may be anything: here it is that of the tokens, which varies."""
+    model = _Beside().eval()
+
+    def given(batch: int, length: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(32, (batch, length)), "seen": torch.randint(2, (batch, length, 3, 4))}
+
+    program = capture(model, given(2, 7), cache=False)
+    for other in (given(2, 7), given(5, 11), given(1, 1)):
+        assert program.limits.violation(other) is None
+        torch.testing.assert_close(run(program, model, other), model(**other).detach())
+
+
 class _Mono(nn.Module):
     """Takes one channel, and says so."""
 
