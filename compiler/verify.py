@@ -80,10 +80,10 @@ class Evaluator:
         stack = [node]
         while stack:
             top = stack[-1]
-            if top in self._values or self._is_packed(top):
+            if top in self._values or self.is_packed(top):
                 stack.pop()
                 continue
-            waiting = [i for i in top.all_input_nodes if i not in self._values and not self._is_packed(i)]
+            waiting = [i for i in top.all_input_nodes if i not in self._values and not self.is_packed(i)]
             if waiting:
                 stack.extend(waiting)
                 continue
@@ -92,9 +92,10 @@ class Evaluator:
         return self._read(node)
 
     def _read(self, node: fx.Node) -> Any:
-        return self._evaluate(node) if self._is_packed(node) else self._values[node]
+        return self._evaluate(node) if self.is_packed(node) else self._values[node]
 
-    def _is_packed(self, node: fx.Node) -> bool:
+    def is_packed(self, node: fx.Node) -> bool:
+        """Whether the node is a packed weight, which is made anew each time."""
         return node.op == "placeholder" and self._stands_for(node).kind is InputKind.PACKED
 
     def _stands_for(self, node: fx.Node) -> Input:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TL_DTYPES
+from .launch import TL_DTYPES, empty, launch
 from .overlap import overlaps, start_dependent
 
 SMALLEST: Final = 1024
@@ -71,11 +71,11 @@ def argmax(x: Tensor, arrived: Tensor) -> Tensor:
     while block < LARGEST and rows * triton.cdiv(count, block) > PROGRAMS:
         block *= 2
     parts = triton.cdiv(count, block)
-    out = torch.empty(rows, dtype=torch.int64, device=x.device)
-    scratch = torch.empty((rows, parts), dtype=torch.int64, device=x.device)
+    out = empty((rows,), torch.int64, x.device)
+    scratch = empty((rows, parts), torch.int64, x.device)
     if rows:
-        argmax_kernel[(parts, rows)](
-            x, scratch, arrived, out, count, x.stride(0),
+        launch(
+            argmax_kernel, (parts, rows), x, scratch, arrived, out, count, x.stride(0),
             PARTS=parts, BLOCK_P=triton.next_power_of_2(parts), BLOCK=block, num_warps=block // 512, **overlaps(x),
         )  # fmt: skip
     return out

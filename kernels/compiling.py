@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 
@@ -18,8 +20,12 @@ from . import replay
 
 aten = torch.ops.aten
 
-WORKERS: Final = 8
-"""Kernels that are compiled at a time, at most. Much of it runs outside of the interpreter's lock."""
+WORKERS: Final = 16
+"""Kernels that are compiled at a time, at most. Nearly all of it runs outside of the interpreter's lock."""
+SECONDS: Final = 60.0
+"""What `ahead` takes at most, but for what is being compiled just then."""
+
+log = logging.getLogger("regraft")
 
 
 class _WithoutProducts(TorchDispatchMode):
@@ -28,19 +34,44 @@ class _WithoutProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in (aten.mm.default, aten.addmm.default):
             x, weight = args[-2:]
-            return x.new_empty(x.shape[0], weight.shape[1])
+            return x.new_zeros(x.shape[0], weight.shape[1])
         return func(*args, **(kwargs or {}))
 
 
 class _Mode(triton.AsyncCompileMode):
-    """One whose end nothing keeps from being reached: a hook of somebody else's that fails is passed over."""
+    """One that makes kernels ready to be launched, on the device with their launchers, which a C compiler builds.
+
+    Nothing keeps its end from being reached: a hook of somebody else's that fails is passed over.
+    """
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], Any]) -> Any:
+        def make() -> Any:
+            kernel = compile_fn()
+            _ = kernel.run
+            return kernel
+
         def finish(kernel: Any) -> None:
             with contextlib.suppress(Exception):
                 finalize_fn(kernel)
 
-        return super().submit(key, compile_fn, finish)
+        return super().submit(key, make, finish)
+
+
+def ahead(calls: Iterable[Callable[[], object]]) -> None:
+    """Have the kernels of these calls before the first of them is run: whatever goes wrong costs time then."""
+
+    def run(ready: Callable[[], int]) -> None:
+        for call in calls:
+            try:
+                call()
+            except Exception:
+                log.debug("a call whose kernels are compiled when they are launched", exc_info=True)
+            ready()
+
+    try:
+        compile_only(run, time.monotonic() + SECONDS)
+    except Exception:
+        log.debug("kernels are compiled when they are launched", exc_info=True)
 
 
 def compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> None:
@@ -56,7 +87,8 @@ def compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> No
 
 
 def _compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> None:
-    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool, _Mode(pool, ignore_errors=True) as mode:
+    workers = min(WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, initializer=_choose_device()) as pool, _Mode(pool, ignore_errors=True) as mode:
 
         def ready() -> int:
             done = [k for k in mode.future_kernels.values() if k.future.done()]
@@ -69,3 +101,10 @@ def _compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> N
         finally:
             for future in mode.raw_futures:
                 future.cancel()
+
+
+def _choose_device() -> Callable[[], None] | None:
+    """What makes the current device of this thread that of another."""
+    if not torch.cuda.is_initialized():
+        return None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())

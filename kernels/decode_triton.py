@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from .launch import launch
 from .overlap import overlaps, start_dependent
 
 
@@ -59,8 +60,8 @@ def advance(
 ) -> None:  # fmt: skip
     """Rows 0 to `rows - 1` of tables `[G, N, most]`, slots `[G, N]` and vectors `[N]`, moved on in place."""
     block = 64
-    advance_kernel[(triton.cdiv(rows, block),)](
-        computed, limits, tables, positions, lengths, active, slots,
+    launch(
+        advance_kernel, (triton.cdiv(rows, block),), computed, limits, tables, positions, lengths, active, slots,
         rows, tables.stride(0), tables.stride(1), slots.stride(0),
         PAGE=page, GROUPS=tables.shape[0], BLOCK=block, num_warps=2, **overlaps(computed),
     )  # fmt: skip
@@ -70,7 +71,7 @@ def take(tokens: Tensor, active: Tensor, ids: Tensor, ring: Tensor, tick: Tensor
     """Keep tokens `[S]` in line `tick` of ring `[lines, N]`, and in ids `[N]` where `active`; tick goes on by one."""
     rows, lines = tokens.shape[0], ring.shape[0]
     block = triton.next_power_of_2(rows)
-    take_kernel[(1,)](
-        tokens, active, ids, ring, tick, rows, ring.stride(0),
+    launch(
+        take_kernel, (1,), tokens, active, ids, ring, tick, rows, ring.stride(0),
         RING=lines, BLOCK=block, num_warps=1, **overlaps(tokens),
     )  # fmt: skip

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import replay
+
 BLOCK = 1024
 
 
@@ -44,11 +46,10 @@ def launch(scores: Tensor, seed: Tensor, step: Tensor, drawn: Tensor) -> Tensor:
     Scores are contiguous in V; the others may have strides.
     """
     rows, count = scores.shape
-    out = torch.empty((rows, count), dtype=torch.float32, device=scores.device)
+    out = replay.empty((rows, count), torch.float32, scores.device)
     grid = (rows, triton.cdiv(count, BLOCK))
     strides = (scores.stride(0), seed.stride(0), step.stride(0), drawn.stride(0))
     if rows and count:
-        add_gumbel_kernel[grid](
-            scores, seed, step, drawn.view(torch.uint8), out, count, *strides, BLOCK=BLOCK, num_warps=4
-        )
+        given = (scores, seed, step, drawn.view(torch.uint8), out, count, *strides)
+        replay.launch(add_gumbel_kernel, grid, *given, BLOCK=BLOCK, num_warps=4)
     return out

@@ -29,7 +29,8 @@ Key = tuple[Any, ...]
 
 class _Current(threading.local):
     recording: _Recording | None = None
-    compiling: bool = False
+    seen: dict[Any, tuple[list[_Form], bool] | None] | None = None
+    """Results of calls while nothing is launched, by what was called."""
 
 
 _current = _Current()
@@ -37,29 +38,52 @@ _current = _Current()
 
 @contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
-    """Launches in the block compile their kernels and no more; integers that a kernel would have written are 0."""
-    _current.compiling = True
+    """Launches in the block compile their kernels and no more; what a kernel would have written is 0."""
+    _current.seen = {}
     try:
         yield
     finally:
-        _current.compiling = False
+        _current.seen = None
 
 
 def compiling() -> bool:
     """Whether nothing is launched just now."""
-    return _current.compiling
+    return _current.seen is not None
+
+
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
+def once(key: Any, call: Callable[[], Any]) -> Any:
+    """While nothing is launched: the result of the call, or zeros of the form that it had for this key before.
+
+    Equal layers of a model are gone through once.
+    """
+    assert _current.seen is not None
+    known = _current.seen.get(key)
+    if known is not None:
+        forms, single = known
+        made = [torch.empty_strided(s, t, dtype=d, device=at).zero_() for s, t, d, at in forms]
+        return made[0] if single else tuple(made)
+    result = call()
+    single = isinstance(result, Tensor)
+    tensors = [result] if single else list(result)
+    if all(isinstance(t, Tensor) and t.data_ptr() % ALIGNMENT == 0 for t in tensors):
+        _current.seen[key] = ([(t.shape, t.stride(), t.dtype, t.device) for t in tensors], single)
+    return result
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor: a launcher allocates its outputs and temporaries with it."""
-    if _current.compiling and not dtype.is_floating_point:  # whoever reads places must not find them anywhere
+    if compiling():  # whoever reads places must not find them anywhere
         return torch.zeros(shape, dtype=dtype, device=device)
     return _noted(torch.empty(shape, dtype=dtype, device=device))
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor with the shape and, where x is dense, the strides of x."""
-    return _noted(torch.empty_like(x, dtype=x.dtype if dtype is None else dtype))
+    make = torch.zeros_like if compiling() else torch.empty_like
+    return _noted(make(x, dtype=x.dtype if dtype is None else dtype))
 
 
 def rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,7 +112,7 @@ def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, remembered if a recording is under way."""
-    if _current.compiling:
+    if compiling():
         kernel.run(*args, grid=grid, warmup=True, **constants)
         return
     compiled = kernel[grid](*args, **constants)
@@ -320,7 +344,7 @@ def key_of(args: tuple[Any, ...]) -> Key:
 def observed() -> bool:
     """Whether a profiler wants to see every launch, or nothing is to be launched: plans are not used then."""
     triton = sys.modules.get("triton")
-    return triton is not None and (_current.compiling or bool(triton.knobs.runtime.launch_enter_hook.calls))
+    return triton is not None and (compiling() or bool(triton.knobs.runtime.launch_enter_hook.calls))
 
 
 def record(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Plan | None]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ def lower(program: Program, context: Context) -> PassResult:
     bound: dict[Any, Any] = {}
     given = (InputKind.USER, InputKind.STEP, InputKind.PAGES)
     weights = {node for node, input in program.placeholder_inputs().items() if input.kind not in given}
+    _compile_ahead(graph, weights, context)
     joint = pairs.find(graph, weights, context.settings.device, context.evaluator, result)
     for node in list(graph.nodes):
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
@@ -48,11 +51,8 @@ def lower(program: Program, context: Context) -> PassResult:
         if op is None:
             continue
         if plain:
-            x, weight, bias = (*node.args, None)[:3]
-            node.args, node.kwargs = (x, weight, node.kwargs.get("bias", bias), "identity"), {}
-            node.target = linear_act.overload
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        signature = op.signature(*args, **kwargs)
+            node.args, node.kwargs, node.target = _as_linear_act(node), {}, linear_act.overload
+        signature = _signature(op, node.args, node.kwargs)
         moving = moving_of(node, op, weights)
         key = (op.name, repr(signature), moving)
         if key not in chosen:
@@ -75,6 +75,60 @@ def lower(program: Program, context: Context) -> PassResult:
     result.nodes_after = len(graph.nodes)
     result.time_s = time.perf_counter() - started
     return result
+
+
+def _compile_ahead(graph: fx.Graph, weights: set[fx.Node], context: Context) -> None:
+    """Have all kernels compiled, several at a time, that are about to be compared with their references."""
+    evaluator = context.evaluator
+    if evaluator is None or context.settings.device.type != "cuda":
+        return
+    seen = set()
+    calls: list[partial[Any]] = []
+    for node in graph.nodes:
+        plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
+        op = linear_act if plain else op_of(node.target)
+        if op is None:
+            continue
+        args, kwargs = (_as_linear_act(node), {}) if plain else (node.args, node.kwargs)
+        signature, moving = _signature(op, args, kwargs), moving_of(node, op, weights)
+        key = (op.name, repr(signature), moving)
+        if key in seen:
+            continue
+        seen.add(key)
+        kernels = [kernel for kernel, reason in _providers(op, signature, moving) if reason is None]
+        if kernels:
+            for value in node.all_input_nodes:  # now: later nothing is computed
+                if not evaluator.is_packed(value):
+                    evaluator.value(value)
+            calls += [partial(_run, kernel, args, kwargs, evaluator) for kernel in kernels]
+    if calls:
+        from ..kernels.compiling import ahead  # Triton is there where there are kernels
+
+        ahead(calls)
+
+
+def _run(kernel: Kernel, args: Any, kwargs: Any, evaluator: Evaluator) -> None:
+    """Where nothing is launched: on the values of the arguments, memory in the place of packed weights."""
+
+    def read(node: fx.Node) -> Any:
+        if not evaluator.is_packed(node):
+            return evaluator.value(node)
+        like = node.meta["val"]
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+    values, named = fx.node.map_arg((args, dict(kwargs)), read)
+    kernel.run(*values, **named)
+
+
+def _as_linear_act(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments of `linear_act` for a plain linear layer."""
+    x, weight, bias = (*node.args, None)[:3]
+    return x, weight, node.kwargs.get("bias", bias), "identity"
+
+
+def _signature(op: Op, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
+    args, kwargs = fx.node.map_arg((tuple(args), dict(kwargs)), lambda n: n.meta["val"])
+    return op.signature(*args, **kwargs)
 
 
 def _by_rows(context: Context) -> bool:
@@ -104,11 +158,7 @@ def _choose(
 ) -> tuple[Kernel, ...]:
     """The kernels that support the call and compute it right, best first; empty: the reference."""
     found: list[Kernel] = []
-    plain = op is linear_act and signature["kind"] == "identity"
-    for kernel in _plain_linears() if plain else PROVIDERS.get(op.name, ()):
-        reason = kernel.supports(signature)
-        if reason is None and not moving.isdisjoint(kernel.early):
-            reason = f"it reads {' and '.join(kernel.early)} before the kernels end that may compute it"
+    for kernel, reason in _providers(op, signature, moving):
         if reason is not None:
             if context.settings.device.type == "cuda":
                 refusals[op.name, kernel.provider, reason] += 1
@@ -124,6 +174,16 @@ def _choose(
         text = f"the {kernel.provider} kernel of {op.name} {reason}"
         result.reverted.append(Reverted("lower", module_of(node), source_of(node), text, check))
     return tuple(found)
+
+
+def _providers(op: Op, signature: dict[str, Any], moving: frozenset[str]) -> Iterator[tuple[Kernel, str | None]]:
+    """Kernels of the op, best first, and why one cannot take the call."""
+    plain = op is linear_act and signature["kind"] == "identity"
+    for kernel in _plain_linears() if plain else PROVIDERS.get(op.name, ()):
+        reason = kernel.supports(signature)
+        if reason is None and not moving.isdisjoint(kernel.early):
+            reason = f"it reads {' and '.join(kernel.early)} before the kernels end that may compute it"
+        yield kernel, reason
 
 
 def _check(graph: fx.Graph, node: fx.Node, kernel: Kernel, evaluator: Evaluator) -> tuple[Check | None, str | None]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..compiler.verify import Distance, bound_for, distance, higher
+from .ahead import compile_ahead
 from .cases import Case, make_cases
 from .checks import device_of, dtype_of
 from .oracle import run_oracle, run_reference
@@ -160,6 +162,7 @@ class Judge:
     def measure(self, run: Callable[[Mapping[str, torch.Tensor]], Any]) -> Certificate:
         """Compare a candidate on every case; stops at the first that fails."""
         measured: list[Measured] = []
+        compile_ahead(self._device, [partial(run, truth.case.tensors) for truth in self._truths])
         for truth in self._truths:
             with alike(self._device):
                 found = named_outputs(run(truth.case.tensors))

@@ -32,6 +32,8 @@ log = logging.getLogger("regraft")
 
 MAX_PREFILLS: Final = 24
 """CUDA graphs of mixed steps."""
+GRAPHED: Final = 1024
+"""Tokens of the longest mixed step that has one: the GPU computes longer ones no faster than the host launches."""
 UNBOUNDED: Final = 1 << 30
 """The limit of a row whose host counts its steps itself."""
 
@@ -69,9 +71,7 @@ class Executor:
         self.pages = Pages(flat.layers, counts, size, device)
         flat.bind(self.pages.layers, self.pages.scales, self.encoder.pages.layers if self.encoder is not None else ())
         self.tables = PageTables([BlockPool(n, size) for n in counts], flat.groups)
-        width = -(-self.max_seq_len // size)
-        beside = self.encoder.width if self.encoder is not None else 0
-        self.state = DecodeState(batch_bucket(limits.max_batch_size), len(counts), width, size, device, beside)
+        self.state = self._new_state()
         with_graphs = device.type == "cuda" and not numerics.wanted()
         self.graphs = StepGraphs(device, verbose) if with_graphs else None
         self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * self.state.rows
@@ -86,8 +86,15 @@ class Executor:
         self._cold = limits.warm_up_seconds > 0 and with_graphs
         self._warm: set[bool] = set()
         """Whether kernels were compiled for steps of one row, and of several."""
-        self._prefills: dict[tuple[int, int], int | Tensor] = {}
-        """Of short mixed steps by (tokens, rows): how often they came, then the input of their graph."""
+        self._prefills: dict[tuple[Shape, int], int | Tensor] = {}
+        """Of mixed steps by shape and rows: how often they came, then the input of their graph."""
+
+    def _new_state(self) -> DecodeState:
+        size, beside = self.limits.block_size, self.encoder.width if self.encoder is not None else 0
+        width = -(-self.max_seq_len // size)
+        return DecodeState(
+            batch_bucket(self.limits.max_batch_size), len(self.flat.groups), width, size, self.device, beside
+        )
 
     # -- rows of the device -----------------------------------------------------------------------------------------
 
@@ -164,7 +171,7 @@ class Executor:
 
     def mixed(self, chunks: list[Chunk], epilogue: Epilogue) -> Readback:
         """Compute chunks of any length; a token of each that `samples`, none of the others."""
-        logits, sampled = self._forward(chunks)
+        logits, sampled = self._forward(chunks, epilogue)
         self._assign(epilogue, [c.sequence for c in chunks])  # while the device computes
         with torch.no_grad():
             tokens = epilogue(logits, sampled)
@@ -178,7 +185,7 @@ class Executor:
         """
         return self._forward(chunks)[0]
 
-    def _forward(self, chunks: Items[Chunk]) -> tuple[Tensor, Tensor]:
+    def _forward(self, chunks: Items[Chunk], epilogue: Epilogue | None = None) -> tuple[Tensor, Tensor]:
         self._fresh()
         chunks = sorted(chunks, key=lambda c: _row(c.sequence))
         self._send_tables([c.sequence for c in chunks])
@@ -186,23 +193,25 @@ class Executor:
         rows = batch_bucket(1 + _row(chunks[-1].sequence))
         total, longest = sum(c.count for c in chunks), max(c.count for c in chunks)
         size = padded(total)
+        fresh = total > SHORT and not any(c.start for c in chunks)
+        shape = Shape(size, 1 if longest == 1 else min(size, token_bucket(longest)), fresh)
         if self._cold and (rows > 1) not in self._warm:
-            self._warm_up_prompts(rows, size)
+            if epilogue is not None:
+                self._assign(epilogue, [c.sequence for c in chunks])
+            self._compile_kernels(rows, shape, epilogue)
         host = packed(chunks, rows, size, len(self.flat.groups), self.limits.block_size)
         if self.device.type == "cuda":
             host = host.pin_memory()
-        words = self._graph_input(host, size, rows) if total <= SHORT else None
+        captured = Shape(size, size) if total <= SHORT else shape
+        words = self._graph_input(host, captured, rows) if total <= GRAPHED else None
         if words is None or self.graphs is None:
-            words = host.to(self.device, non_blocking=True)
-            fresh = total > SHORT and not any(c.start for c in chunks)
-            most = 1 if longest == 1 else min(size, token_bucket(longest))
-            return self._compute(words, rows, size, most, fresh)
+            return self._compute(host.to(self.device, non_blocking=True), rows, shape)
         words.copy_(host, non_blocking=True)
-        logits, sampled = self.graphs.replay(("prefill", size, rows))
+        logits, sampled = self.graphs.replay(("prefill", captured, rows))
         return logits, sampled
 
-    def _warm_up_prompts(self, rows: int, near: int) -> None:
-        """Have the kernels of all steps of so many rows, those of `near` tokens first; nothing is written."""
+    def _compile_kernels(self, rows: int, first: Shape, epilogue: Epilogue | None) -> None:
+        """Have the kernels of all steps of so many rows: of this one, of decoding, of others; nothing is written."""
         from ...kernels.compiling import compile_only  # Triton is not there on every platform
         from ...kernels.thresholds import thresholds
 
@@ -210,22 +219,28 @@ class Executor:
         limits, flat = self.limits, self.flat
         budget = max(limits.budget(self.tables.windows), limits.max_batch_size)
         most = min(budget, rows * self.max_seq_len)
-        wanted = warm_up.shapes(rows, most, thresholds(self.device), near)
+        wanted = list(dict.fromkeys([first, *warm_up.shapes(rows, most, thresholds(self.device), first.tokens)]))
+        spare = self._new_state()
         if self._verbose:
             print(warm_up.announced(wanted, rows, limits.warm_up_seconds, flat.token_bytes), flush=True)
 
         def compute(shape: Shape) -> None:
             nothing = packed((), rows, shape.tokens, len(flat.groups), limits.block_size).to(self.device)
             with torch.no_grad():
-                self._compute(nothing, rows, shape.tokens, shape.max_q, shape.fresh)
+                logits, sampled = self._compute(nothing, rows, shape)
+                if shape is first:
+                    if epilogue is not None:
+                        epilogue(logits, sampled)
+                    for some in batch_buckets(rows):
+                        self._one(spare, some, epilogue)
 
         warm_up.run(wanted, compute, compile_only, limits.warm_up_seconds)
 
-    def _graph_input(self, host: Tensor, size: int, rows: int) -> Tensor | None:
+    def _graph_input(self, host: Tensor, shape: Shape, rows: int) -> Tensor | None:
         """The input of the graph for this shape, which is captured when the shape comes for the third time."""
         if self.graphs is None:
             return None
-        place, key = (size, rows), ("prefill", size, rows)
+        place, key = (shape, rows), ("prefill", shape, rows)
         seen = self._prefills.get(place, 0)
         if isinstance(seen, int):
             self._prefills[place] = seen + 1
@@ -234,10 +249,11 @@ class Executor:
             self._prefills[place] = seen = torch.zeros_like(host, device=self.device)
         words = seen
         if key not in self.graphs:
-            nothing = packed((), rows, size, len(self.flat.groups), self.limits.block_size)
+            nothing = packed((), rows, shape.tokens, len(self.flat.groups), self.limits.block_size)
             words.copy_(nothing)
-            self.graphs.announce("prefill, tokens", [size], 4 * rows * self.flat.vocab)
-            if not self._captured(key, lambda: self._compute(words, rows, size, size)):
+            held = 4 * rows * self.flat.vocab + shape.tokens * self.flat.token_bytes
+            self.graphs.announce("prefill, tokens", [shape.tokens], held)
+            if not self._captured(key, lambda: self._compute(words, rows, shape)):
                 return None
         return words
 
@@ -251,10 +267,10 @@ class Executor:
             self.graphs = None
         return self.graphs is not None
 
-    def _compute(self, words: Tensor, rows: int, size: int, max_q: int, fresh: bool = False) -> tuple[Tensor, Tensor]:
+    def _compute(self, words: Tensor, rows: int, shape: Shape) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
-        step, sampled = unpacked(words, self.state.tables, rows, size, max_q, fresh)
-        step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, size)
+        step, sampled = unpacked(words, self.state.tables, rows, shape.tokens, shape.max_q, shape.fresh)
+        step.encoder = self.state.encoder_of_tokens(step.cu_seqlens_q, shape.tokens)
         return self.flat(step), sampled
 
     # -- decoding ---------------------------------------------------------------------------------------------------
@@ -312,7 +328,7 @@ class Executor:
             self.graphs.announce("decoding, batch", [rows], 4 * rows * self.flat.vocab)
             self._capture(rows, epilogue)
         if self.graphs is None:
-            return self._one(rows, epilogue)
+            return self._one(self.state, rows, epilogue)
         logits: Tensor = self.graphs.replay(key)
         return logits
 
@@ -321,16 +337,16 @@ class Executor:
         state = self.state
         kept = [t.clone() for t in (state.limits, state.tick, state.ids)]
         state.limits.zero_()
-        captured = self._captured(self._key(rows, epilogue), lambda: self._one(rows, epilogue))
+        captured = self._captured(self._key(rows, epilogue), lambda: self._one(state, rows, epilogue))
         for tensor, value in zip((state.limits, state.tick, state.ids), kept):
             tensor.copy_(value)
         return captured
 
     @torch.no_grad()
-    def _one(self, rows: int, epilogue: Epilogue | None) -> Tensor:
-        logits = self.flat(self.state.advance(rows))
+    def _one(self, state: DecodeState, rows: int, epilogue: Epilogue | None) -> Tensor:
+        logits = self.flat(state.advance(rows))
         if epilogue is not None:
-            self.state.take(epilogue(logits, self.state.active[:rows]))
+            state.take(epilogue(logits, state.active[:rows]))
         return logits
 
     def _fresh(self) -> None:

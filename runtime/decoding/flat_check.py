@@ -27,6 +27,7 @@ from ...compiler.cost import called_op
 from ...compiler.cross import STATES
 from ...compiler.program import InputKind, Program
 from ...compiler.verify import Upcast, bound_for, distance, higher, magnitude
+from ..ahead import compile_ahead
 from ..build import Builder
 from ..certificate import named_outputs
 from ..checks import dtype_of
@@ -68,6 +69,7 @@ def check(flat: FlatProgram, captured: Program, builder: Builder) -> Checked:
     """Compare; raises CacheError where the flat program is worse than the original. The pages are its own."""
     sequences, states = _sequences(flat, builder), _states(flat, builder)
     _check_apart(flat, sequences, states, builder)
+    compile_ahead(builder.device, [lambda: run_ragged(flat, sequences, builder.device, states)])
     found = run_ragged(flat, sequences, builder.device, states)
     beside: Sequence[Tensor | None] = states or [None] * len(sequences)
     answers = []

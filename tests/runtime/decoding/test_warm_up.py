@@ -142,12 +142,16 @@ def test_new_prompts_compile_nothing(heads: tuple[int, int, int]) -> None:
     def note(**given: Any) -> None:
         compiled.append(given["src"].name)
 
+    def load(module: object, function: object, name: str, *rest: object) -> None:
+        compiled.append(f"{name} is loaded")  # behind it the launcher is there, which a C compiler builds
+
     def generate(*lengths: int) -> None:
         ids = [torch.randint(3, 32000, (n,)).tolist() for n in lengths]
         model.generate_batch(ids, tf.GenerationConfig(max_new_tokens=3), progress_bar=False)
 
     listener = triton.knobs.compilation.listener
     triton.knobs.compilation.listener = note
+    triton.knobs.runtime.kernel_load_start_hook.add(load)
     try:
         generate(40)
         assert compiled
@@ -170,3 +174,4 @@ def test_new_prompts_compile_nothing(heads: tuple[int, int, int]) -> None:
         assert not compiled, compiled
     finally:
         triton.knobs.compilation.listener = listener
+        triton.knobs.runtime.kernel_load_start_hook.remove(load)
