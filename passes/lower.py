@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..kernels.linear_act import linear_act
 from ..kernels.op import Kernel, Op
 from ..kernels.table import PROVIDERS, op_of
 from . import pairs
+from .ahead import Wanted, compile_ahead
 from .early import at_rest, moving_of
 
 
@@ -43,8 +43,9 @@ def lower(program: Program, context: Context) -> PassResult:
     bound: dict[Any, Any] = {}
     given = (InputKind.USER, InputKind.STEP, InputKind.PAGES)
     weights = {node for node, input in program.placeholder_inputs().items() if input.kind not in given}
-    _compile_ahead(graph, weights, context)
-    joint = pairs.find(graph, weights, context.settings.device, context.evaluator, result)
+    candidates = pairs.candidates(graph, weights, context.settings.device)
+    _compile_ahead(graph, weights, candidates, context)
+    joint = pairs.right(graph, candidates, context.evaluator, result)
     for node in list(graph.nodes):
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
         op = linear_act if plain else op_of(node.target)
@@ -77,13 +78,13 @@ def lower(program: Program, context: Context) -> PassResult:
     return result
 
 
-def _compile_ahead(graph: fx.Graph, weights: set[fx.Node], context: Context) -> None:
-    """Have all kernels compiled, several at a time, that are about to be compared with their references."""
-    evaluator = context.evaluator
-    if evaluator is None or context.settings.device.type != "cuda":
+def _compile_ahead(
+    graph: fx.Graph, weights: Collection[fx.Node], candidates: Sequence[pairs.Candidate], context: Context
+) -> None:
+    """Have the kernels that `_choose` and `pairs.right` are about to compare, one for each signature."""
+    if context.evaluator is None:
         return
-    seen = set()
-    calls: list[partial[Any]] = []
+    wanted: dict[Any, Wanted] = {key: (pair.kernel, pair.args, {}) for pair, key in candidates}
     for node in graph.nodes:
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
         op = linear_act if plain else op_of(node.target)
@@ -91,33 +92,10 @@ def _compile_ahead(graph: fx.Graph, weights: set[fx.Node], context: Context) -> 
             continue
         args, kwargs = (_as_linear_act(node), {}) if plain else (node.args, node.kwargs)
         signature, moving = _signature(op, args, kwargs), moving_of(node, op, weights)
-        key = (op.name, repr(signature), moving)
-        if key in seen:
-            continue
-        seen.add(key)
-        kernels = [kernel for kernel, reason in _providers(op, signature, moving) if reason is None]
-        if kernels:
-            for value in node.all_input_nodes:  # now: later nothing is computed
-                if not evaluator.is_packed(value):
-                    evaluator.value(value)
-            calls += [partial(_run, kernel, args, kwargs, evaluator) for kernel in kernels]
-    if calls:
-        from ..kernels.compiling import ahead  # Triton is there where there are kernels
-
-        ahead(calls)
-
-
-def _run(kernel: Kernel, args: Any, kwargs: Any, evaluator: Evaluator) -> None:
-    """Where nothing is launched: on the values of the arguments, memory in the place of packed weights."""
-
-    def read(node: fx.Node) -> Any:
-        if not evaluator.is_packed(node):
-            return evaluator.value(node)
-        like = node.meta["val"]
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-
-    values, named = fx.node.map_arg((args, dict(kwargs)), read)
-    kernel.run(*values, **named)
+        for kernel, reason in _providers(op, signature, moving):
+            if reason is None:
+                wanted.setdefault((kernel, repr(signature)), (kernel, args, kwargs))
+    compile_ahead(list(wanted.values()), context.evaluator, context.settings.device)
 
 
 def _as_linear_act(node: fx.Node) -> tuple[Any, ...]:

@@ -54,16 +54,14 @@ class Pair:
         return found.get(0), found.get(1)
 
 
-def find(
-    graph: fx.Graph,
-    weights: Collection[fx.Node],
-    device: torch.device,
-    evaluator: Evaluator | None,
-    result: PassResult,
-) -> list[Pair]:
-    """The pairs of a graph of semantic ops that have a joint kernel, which was compared with both nodes."""
+Candidate = tuple[Pair, str]
+"""A pair, and what makes its kernel right or wrong for it."""
+
+
+def candidates(graph: fx.Graph, weights: Collection[fx.Node], device: torch.device) -> list[Candidate]:
+    """The pairs of a graph of semantic ops that have a joint kernel, where the device's table says that it pays."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    known: dict[str, Kernel | None] = {}
+    known: dict[str, bool] = {}
     found = []
     for product in graph.nodes:
         norm, op = _norm_in_front(product, order), op_of(product.target)
@@ -78,11 +76,21 @@ def find(
             key = f"{joint.name} {signature} {sorted(moving)}"
             if key not in known:
                 taken = kernel.supports(signature) is None and moving.isdisjoint(kernel.early)
-                taken = taken and _pays(kernel, values, device)
-                known[key] = kernel if taken and _right(graph, pair, evaluator, result) else None
-            if known[key] is not None:
-                found.append(pair)
+                known[key] = taken and _pays(kernel, values, device)
+            if known[key]:
+                found.append((pair, key))
     return found
+
+
+def right(
+    graph: fx.Graph, candidates: Sequence[Candidate], evaluator: Evaluator | None, result: PassResult
+) -> list[Pair]:
+    """Those whose kernel computes what both nodes do."""
+    known: dict[str, bool] = {}
+    for pair, key in candidates:
+        if key not in known:
+            known[key] = _right(graph, pair, evaluator, result)
+    return [pair for pair, key in candidates if known[key]]
 
 
 def _norm_in_front(product: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:

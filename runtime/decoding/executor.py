@@ -86,6 +86,7 @@ class Executor:
         self._cold = limits.warm_up_seconds > 0 and with_graphs
         self._warm: set[bool] = set()
         """Whether kernels were compiled for steps of one row, and of several."""
+        self._graphed = GRAPHED
         self._prefills: dict[tuple[Shape, int], int | Tensor] = {}
         """Of mixed steps by shape and rows: how often they came, then the input of their graph."""
 
@@ -203,7 +204,7 @@ class Executor:
         if self.device.type == "cuda":
             host = host.pin_memory()
         captured = Shape(size, size) if total <= SHORT else shape
-        words = self._graph_input(host, captured, rows) if total <= GRAPHED else None
+        words = self._graph_input(host, captured, rows)
         if words is None or self.graphs is None:
             return self._compute(host.to(self.device, non_blocking=True), rows, shape)
         words.copy_(host, non_blocking=True)
@@ -238,7 +239,7 @@ class Executor:
 
     def _graph_input(self, host: Tensor, shape: Shape, rows: int) -> Tensor | None:
         """The input of the graph for this shape, which is captured when the shape comes for the third time."""
-        if self.graphs is None:
+        if self.graphs is None or shape.tokens > self._graphed:
             return None
         place, key = (shape, rows), ("prefill", shape, rows)
         seen = self._prefills.get(place, 0)
@@ -253,19 +254,20 @@ class Executor:
             words.copy_(nothing)
             held = 4 * rows * self.flat.vocab + shape.tokens * self.flat.token_bytes
             self.graphs.announce("prefill, tokens", [shape.tokens], held)
-            if not self._captured(key, lambda: self._compute(words, rows, shape)):
+            if not self._captured("prompts", key, lambda: self._compute(words, rows, shape)):
+                self._graphed = 0
                 return None
         return words
 
-    def _captured(self, key: Hashable, function: Callable[[], Any]) -> bool:
-        """Capture a graph; where that fails, every step is launched kernel by kernel from now on."""
+    def _captured(self, what: str, key: Hashable, function: Callable[[], Any]) -> bool:
+        """Capture a graph; where that fails, such steps are launched kernel by kernel from now on."""
         assert self.graphs is not None
         try:
             self.graphs.capture(key, function)
         except NotCaptured as error:
-            log.warning("decoding could not be captured as a CUDA graph and runs without: %s", error)
-            self.graphs = None
-        return self.graphs is not None
+            log.warning("%s could not be captured as a CUDA graph and run without: %s", what, error)
+            return False
+        return True
 
     def _compute(self, words: Tensor, rows: int, shape: Shape) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] of a step as `packed` laid it out, and which rows sample."""
@@ -337,7 +339,9 @@ class Executor:
         state = self.state
         kept = [t.clone() for t in (state.limits, state.tick, state.ids)]
         state.limits.zero_()
-        captured = self._captured(self._key(rows, epilogue), lambda: self._one(state, rows, epilogue))
+        captured = self._captured("steps", self._key(rows, epilogue), lambda: self._one(state, rows, epilogue))
+        if not captured:
+            self.graphs = None
         for tensor, value in zip((state.limits, state.tick, state.ids), kept):
             tensor.copy_(value)
         return captured

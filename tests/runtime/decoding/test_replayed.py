@@ -146,11 +146,36 @@ def test_what_cannot_be_captured_runs_all_the_same(
     for _ in range(4):
         expected = [flat.greedy(p, 12) for p in given]
         assert engine.run([Request(p, max_new_tokens=12) for p in given], sampler) == expected
-    assert engine.executor.graphs is None
+    assert (engine.executor.graphs is None) == (what == "decode")  # prompts alone go without
     assert [r.getMessage() for r in caplog.records if "not permitted" in r.getMessage()] == [
-        "decoding could not be captured as a CUDA graph and runs without: "
+        f"{'steps' if what == 'decode' else 'prompts'} could not be captured as a CUDA graph and run without: "
         "operation not permitted when stream is capturing"
     ]
+
+
+def test_longer_prompts_by_graph() -> None:
+    """Up to 1024 tokens, those that begin with the step apart from those that go on behind pages."""
+    engine, flat, graphs = build(max_seq_len=1300, token_budget=1200)
+    sampler = Greedy()
+    lengths = (250, 257, 300, 512, 600, 1024, 1025)
+    made = torch.Generator().manual_seed(5)
+    rounds = [[torch.randint(0, flat.vocab, (n,), generator=made).tolist() for n in lengths] for _ in range(4)]
+    beginning = torch.randint(0, flat.vocab, (32,), generator=made).tolist()
+    for given in rounds:
+        for prompt in (*given, [*beginning, *given[2]]):
+            assert engine.run([Request(prompt, max_new_tokens=2)], sampler) == [flat.greedy(prompt, 2)]
+    shapes = {(k[1].tokens, k[1].max_q, k[1].fresh) for k in graphs.functions if k[0] == "prefill"}
+    assert shapes == {
+        (256, 256, False),
+        (320, 320, True),
+        (320, 320, False),
+        (512, 512, True),
+        (640, 640, True),
+        (1024, 1024, True),
+    }
+    before = graphs.replays
+    engine.run([Request(rounds[0][5][::-1], max_new_tokens=1)], sampler)
+    assert graphs.replays == before + 1
 
 
 @pytest.mark.parametrize("first", [True, False])
