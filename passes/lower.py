@@ -84,7 +84,9 @@ def _compile_ahead(
     """Have the kernels that `_choose` and `pairs.right` are about to compare, one for each signature."""
     if context.evaluator is None:
         return
-    wanted: dict[Any, Wanted] = {key: (pair.kernel, pair.args, {}) for pair, key in candidates}
+    wanted: dict[Any, Wanted] = {}
+    for pair, key in candidates:
+        wanted.setdefault(key, (pair.kernel, pair.args, {}))
     for node in graph.nodes:
         plain = node.target is torch.ops.aten.linear.default and _by_rows(context)
         op = linear_act if plain else op_of(node.target)
