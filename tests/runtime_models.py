@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from regraft.compiler.program import Program
 from regraft.compiler.records import PassResult
 from regraft.runtime.optimize import install
 from regraft.runtime.options import Options
+from regraft.runtime.oracle import run_oracle
 from regraft.runtime.stages import Pipeline
 
 VOCABULARY = 131
@@ -55,6 +57,13 @@ def medium_llama(device: str = "cpu") -> transformers.LlamaForCausalLM:
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     """Random token ids without the special ones."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def exactly(model: Any, **inputs: Any) -> Any:
+    """What the forward of the model's class gives with every floating value in float64."""
+    given = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    forward = functools.partial(type(model).forward, model)
+    return run_oracle(model, forward, given, torch.float64, eager=False)
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 import zoo
+from kernel_checks import assert_close
+from runtime_models import exactly
 from torch import nn
 
 import regraft
@@ -21,11 +23,12 @@ def test_a_mask_that_changes_beyond_the_sampled_sizes_is_kept_there() -> None:
     ids = torch.randint(3, 100, (2, 60))
     with torch.no_grad():
         expected = {n: _logits(model, ids[:, :n]) for n in (7, 60)}
+    exact = {n: exactly(model, input_ids=ids[:, :n], use_cache=False).logits for n in expected}
     optimized = regraft.optimize(model, example_inputs={"input_ids": ids[:, :9], "use_cache": False})
     (served,) = optimized.forward.graphs
     assert served.run.fast.program.guards, "the mask was not replaced"
     for length, logits in expected.items():
-        assert (_logits(optimized, ids[:, :length]) - logits).abs().max() < 1e-5
+        assert_close(_logits(optimized, ids[:, :length]), logits, exact[length])
     assert optimized.report.calls == {"graph": 2, "original": 0}
 
 
@@ -34,6 +37,7 @@ def test_a_guard_that_fails_switches_to_the_graph_with_masks() -> None:
     ids = torch.randint(3, 100, (2, 11))
     with torch.no_grad():
         expected = _logits(model, ids)
+    exact = exactly(model, input_ids=ids, use_cache=False).logits
     optimized = regraft.optimize(model, example_inputs={"input_ids": ids[:, :9], "use_cache": False})
     (served,) = optimized.forward.graphs
     asked: list[tuple[int, ...]] = []
@@ -49,7 +53,7 @@ def test_a_guard_that_fails_switches_to_the_graph_with_masks() -> None:
             node.update_arg(9, -1)
     served.run.fast.program.gm.recompile()
     for _ in range(2):
-        assert (_logits(optimized, ids) - expected).abs().max() < 1e-5
+        assert_close(_logits(optimized, ids), expected, exact)
     assert asked == [(1, 11)], "asked once for these sizes, on one row"
 
 
@@ -61,9 +65,10 @@ def test_an_additive_mask_of_the_caller_stays() -> None:
     masks = [open_mask, torch.full_like(open_mask, torch.finfo(torch.float32).min).triu(1)]
     with torch.no_grad():
         expected = [model(ids, attention_mask=mask).logits for mask in masks]
+    exact = [exactly(model, input_ids=ids, attention_mask=mask).logits for mask in masks]
     optimized = regraft.optimize(model, example_inputs={"input_ids": ids, "attention_mask": open_mask}, verbose=False)
-    for mask, logits in zip(masks, expected, strict=True):
-        assert (optimized(ids, attention_mask=mask).logits - logits).abs().max() < 1e-5
+    for mask, logits, best in zip(masks, expected, exact, strict=True):
+        assert_close(optimized(ids, attention_mask=mask).logits, logits, best)
     assert optimized.report.calls == {"graph": 2, "original": 0} and not optimized.report.reverted
 
 
