@@ -74,7 +74,9 @@ class MaskGuard:
         except SliceError:
             return False
         visible = visibility(mask)
-        return visible is not None and _equals(visible, rest[0] if rest else None, queries, keys, self.found)
+        if visible is None or not visible.numel():
+            return False
+        return _equals(visible, rest[0] if rest else None, queries, keys, self.found)
 
 
 class Masks:
@@ -162,6 +164,9 @@ class Masks:
             visible = visibility(piece(tensors)[0])
             if visible is None:
                 return Description("bias", argument, reason="its values are not only 0 and the lowest")
+            if not visible.numel():  # one row of the inputs is less than one of the model's, which says nothing
+                last = Description("unknown", argument, reason="it has no rows where the inputs have one")
+                continue
             if visible.dim() > 1 and (visible != visible[:1, :1]).any():
                 last = Description("unknown", argument, reason="it differs between heads or batch rows")
                 continue
@@ -183,7 +188,11 @@ class Masks:
             for tensors in _patterns(sample(self.program, sizes), small=keys <= 64):
                 visible, *rest = piece(tensors)
                 seen = visibility(visible)
-                if seen is None or not _equals(seen, rest[0] if rest else None, queries, keys, found):
+                if (
+                    seen is None
+                    or not seen.numel()
+                    or not _equals(seen, rest[0] if rest else None, queries, keys, found)
+                ):
                     return False
         return True
 

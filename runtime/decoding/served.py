@@ -23,12 +23,14 @@ UNDERSTOOD = ("attention_mask", "position_ids", "logits_to_keep", "use_cache")
 """Arguments of the model that the engine takes, or that change nothing of the last logits."""
 
 
-def refusal(config: GenerationConfig, mode: GenerationMode, arguments: Mapping[str, Any]) -> str | None:
+def refusal(config: GenerationConfig, mode: GenerationMode | None, arguments: Mapping[str, Any]) -> str | None:
     """Why a prepared call cannot run over pages, or None.
 
     Args:
         arguments: what the model's forward is to be called with beside `input_ids`, by the names of a decoder.
     """
+    if mode is None:  # a loop of the model's own prepares its cache
+        return "a generate of the model's own, which names no mode"
     if mode not in MODES:
         return mode.value.replace("_", " ")
     if arguments.get("past_key_values") is not None:

@@ -188,3 +188,27 @@ def test_the_guard_notices_a_window_that_sampling_did_not_reach() -> None:
 
     assert guard.holds(inputs(150)) and guard.holds(inputs(1))
     assert not guard.holds(inputs(201))
+
+
+class _Books(nn.Module):
+    """Two rows of tokens make one of the model's, as with several codebooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = input_ids.reshape(-1, 2, input_ids.shape[-1])
+        x = self.embedding(rows).sum(1)[:, None]
+        mask = torch.ones(input_ids.shape[0] // 2, 1, x.shape[2], x.shape[2], dtype=torch.bool).tril()
+        return torch.ops.regraft.attention(x, x, x, mask, None, None, None, 1.0, -1, -1, 0.0)
+
+
+def test_a_mask_without_rows_says_nothing() -> None:
+    """Masks are looked at on one row of the inputs, which is none of this model's: the mask stays."""
+    model, ids = _Books().eval(), torch.randint(32, (4, 9))
+    program = capture(model, {"input_ids": ids}, {}, cache=False)
+    (node,) = attentions(program)
+    found = Masks(program, model).classify(node)
+    assert not found.replaceable
+    assert found.reason == "it has no rows where the inputs have one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,3 +287,32 @@ def test_a_configured_attention_that_computes_something_else_is_told() -> None:
     assert len(model.report.signatures) == 2
     notes = [n.message for n in model.report.notes]
     assert sum("does not compute what its eager attention does" in n for n in notes) == 1, notes
+
+
+class _TellsWeights(torch.nn.Module):
+    """Returns more under its eager attention than as it is configured, as models that return attention weights do."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.linear, self.odd = torch.nn.Linear(8, 8), odd
+        self.config = SimpleNamespace(_attn_implementation_internal="sdpa", _attn_implementation="sdpa")
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = torch.tanh(self.linear(x))
+        told = self.config._attn_implementation_internal == "eager"
+        if self.odd:  # whatever its attention is, and only the graph has none
+            told = not torch.compiler.is_compiling()
+        return {"y": y, "weights": y.softmax(-1)} if told else {"y": y}
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_outputs_that_only_eager_attention_has(odd: bool) -> None:
+    model, x = _TellsWeights(odd).eval(), torch.randn(3, 8)
+    expected = model(x)
+    model = regraft.optimize(model, example_inputs={"x": x}, verbose=False)
+    (entry,) = model.report.signatures
+    assert entry.served is not odd
+    assert not odd or "the outputs differ from the original's (as given): weights" in entry.reason
+    found = model(x)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["y"], expected["y"].detach(), rtol=1e-6, atol=1e-6)

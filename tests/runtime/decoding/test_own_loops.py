@@ -1,0 +1,39 @@
+"""Models whose `generate` is a loop of their own keep it, cache and all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+import zoo
+from runtime_models import tokens
+
+import regraft
+from regraft.runtime.errors import RegraftWarning
+
+
+class OwnLoop(tf.LlamaForCausalLM):
+    """Has a loop of its own, for which it prepares the cache itself, and names no mode."""
+
+    def generate(self, input_ids: torch.Tensor, steps: int = 3) -> torch.Tensor:
+        prepared: dict[str, Any] = {}
+        self._prepare_cache_for_generation(self.generation_config, prepared, None, len(input_ids), 16)
+        cache, new = prepared["past_key_values"], input_ids
+        for _ in range(steps):
+            logits = self(new, past_key_values=cache).logits
+            new = logits[:, -1:].argmax(-1)
+            input_ids = torch.cat([input_ids, new], 1)
+        return input_ids
+
+
+def test_a_loop_of_the_models_own() -> None:
+    plain = OwnLoop(zoo.config("llama", 1)).eval()
+    ids = tokens(1, 7)
+    with torch.no_grad():
+        expected = plain.generate(ids)
+    model = regraft.optimize(plain, verify="off", verbose=False)
+    with torch.no_grad(), pytest.warns(RegraftWarning, match="a generate of the model's own, which names no mode"):
+        assert torch.equal(model.generate(ids), expected)
+    assert model.report.record.generated == {"HuggingFace's loop": 1}
