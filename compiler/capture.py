@@ -92,7 +92,7 @@ def _capture(
         try:
             returned = _concrete_run(model, forward, examples, static, state)
         except Exception as error:
-            raise _failure(error, files, "its forward fails on these arguments", RefusedError) from error
+            raise _failure(error, files, "its forward fails as it is captured", RefusedError) from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
         exported, notes = _export(call, values, examples, files)

@@ -10,8 +10,8 @@ from torch import Tensor
 from .encoder import RENAMED
 
 OUTPUTS = "encoder_outputs"
-_UNREAD = ("last_hidden_state", "hidden_states", "attentions")
-"""What encoders return: of these only the first is read by a decoder."""
+_UNREAD = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
+"""What encoders return: of these only the first is read by a decoder, whose program was made beside nothing else."""
 
 
 class Keeps(Protocol):

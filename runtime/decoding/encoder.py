@@ -48,7 +48,9 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 def width_of(module: nn.Module) -> int:
     """Numbers of a state; raises CacheError where the config does not say."""
     config: Any = getattr(module, "config", None)
-    for part in (config, getattr(config, "encoder", None)):
+    find: Any = getattr(module, "get_encoder", None)
+    own = getattr(find(), "config", None) if callable(find) else None
+    for part in (config, getattr(config, "encoder", None), own):
         if isinstance(width := getattr(part, "hidden_size", None), int):
             return width
     raise CacheError("its config does not say how wide the encoder's states are")

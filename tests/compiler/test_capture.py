@@ -364,7 +364,7 @@ def test_a_size_of_one_that_the_code_insists_on_stays_one() -> None:
     program = capture(_Mono().eval(), {"x": x}, cache=False)
     assert program.limits.violation({"x": x}) is None
     assert torch.equal(run(program, _Mono(), {"x": x}), torch.tanh(x))
-    with pytest.raises(CaptureError, match=r"its forward fails on these arguments .*mono, not 2 channels"):
+    with pytest.raises(CaptureError, match=r"its forward fails as it is captured .*mono, not 2 channels"):
         capture(_Mono().eval(), {"x": x.expand(1, 2, 8)}, cache=False)
 
 

@@ -121,3 +121,44 @@ def test_states_that_do_not_fit() -> None:
     given = text(9)
     given["attention_mask"][1] = 0
     assert compare(model, [given], [{"max_new_tokens": 4}], reason="none of the encoder's states") == {HUGGINGFACE: 1}
+
+
+def reads_pictures() -> Any:
+    """A picture's encoder, which returns a pooled state too, and a decoder of another width."""
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
+    encoder = transformers.ViTConfig(hidden_size=32, image_size=32, patch_size=8, **sizes)
+    text = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+    decoder = transformers.TrOCRConfig(vocab_size=zoo.VOCAB, d_model=48, cross_attention_hidden_size=32, **text)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, zoo.PAD
+    model = transformers.VisionEncoderDecoderModel(config)
+    model.generation_config.update(decoder_start_token_id=1, pad_token_id=zoo.PAD, eos_token_id=2)
+    return model
+
+
+def reads_patches() -> Any:
+    """The width of its states stands in the config of its encoder, by the name of a picture's."""
+    text = {"d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0}
+    picture = {"patch_embed_hidden_size": 12, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Pix2StructConfig(
+        text_config={"vocab_size": zoo.VOCAB, "hidden_size": 32, "eos_token_id": 1, **text},
+        vision_config={"hidden_size": 32, "seq_len": 16, **picture},
+    )
+    return transformers.Pix2StructForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [reads_pictures, reads_patches])
+def test_beside_a_picture(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if make is reads_pictures:
+        given = {"pixel_values": torch.randn(3, 3, 32, 32)}
+    else:
+        places = torch.randint(1, 10, (3, 16, 2)).float()
+        given = {"flattened_patches": torch.cat([places, torch.randn(3, 16, 12)], -1)}
+    calls: list[dict[str, Any]] = [{"max_new_tokens": 8}, {"max_new_tokens": 8, "num_beams": 3}]
+    assert compare(model, [given], calls) == {FAST: 1, PAGES: 1}
