@@ -1,6 +1,7 @@
 """Compute once what depends on weights alone.
 
     cat(wq, wk, wv)  ->  one packed weight; wq, wk, wv become views of it, so that nothing is stored twice
+    w.T, of a matrix that is read in no other way  ->  the same, since kernels for few rows read rows of `[out, in]`
     anything else made of weights only, up to 1 MiB  ->  a packed copy, renewed when a weight changes
 
 Larger results that are no concatenation stay in the graph: a copy would cost the memory of the weight a second time.
@@ -9,6 +10,7 @@ Larger results that are no concatenation stay in the graph: a copy would cost th
 from __future__ import annotations
 
 import time
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -22,8 +24,11 @@ from ..compiler.rule import Stage
 
 aten = torch.ops.aten
 
-LARGEST_COPY = 1 << 20
+LARGEST_COPY: Final = 1 << 20
 """Bytes of a packed copy."""
+ALIGNMENT: Final = 16
+"""Bytes that divide a row which kernels read in wide loads."""
+TRANSPOSES: Final = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 def pack(program: Program, context: Context) -> PassResult:
@@ -96,18 +101,45 @@ def _slice_of(root: fx.Node) -> list[fx.Node]:
 
 
 def _is_concatenation(root: fx.Node) -> bool:
+    """Of weights, or of transposed ones; one transposed weight as well."""
+    parts = _parts(root)
+    whole = [p for p in parts if isinstance(p, fx.Node) and p.op == "placeholder"]
+    return len(whole) == len(set(parts)) == len(parts) > 0 or _is_transposed(root)
+
+
+def _parts(root: fx.Node) -> list[Any]:
+    """What is laid one behind the other along dim 0."""
     if root.target is not aten.cat.default or (root.args[1] if len(root.args) > 1 else 0) != 0:
-        return False
+        return []
     parts = root.args[0]
     assert isinstance(parts, list | tuple)
-    return all(isinstance(p, fx.Node) and p.op == "placeholder" for p in parts) and len(set(parts)) == len(parts)
+    return list(parts)
+
+
+def _is_transposed(root: fx.Node) -> bool:
+    """A weight, or several, each of which is nowhere read but transposed and by whole rows then."""
+    parts = _parts(root) or [root]
+    weights = [_transposed_weight(p) for p in parts]
+    return None not in weights and len(set(weights)) == len(parts)
+
+
+def _transposed_weight(node: Any) -> fx.Node | None:
+    if not isinstance(node, fx.Node) or node.target not in TRANSPOSES:
+        return None
+    weight, value = node.args[0], node.meta["val"]
+    assert isinstance(weight, fx.Node)
+    if weight.op != "placeholder" or value.dim() != 2 or weight.meta["val"].stride() != value.stride()[::-1]:
+        return None
+    aligned = value.shape[1] * value.element_size() % ALIGNMENT == 0
+    alone = all(user.target in TRANSPOSES for user in weight.users)
+    return weight if aligned and alone and min(value.shape) > 1 else None
 
 
 def _worth_packing(root: fx.Node, members: list[fx.Node]) -> bool:
-    if all(is_free(n) and role_of(n) is Role.VIEW for n in members):
-        return False
     if _is_concatenation(root):
         return True
+    if all(is_free(n) and role_of(n) is Role.VIEW for n in members):
+        return False
     value = root.meta["val"]
     return value.numel() * value.element_size() <= LARGEST_COPY
 
@@ -140,17 +172,19 @@ def _pack(
     key = str(recipe_graph) if len(live) == len(sources) else f"of constants, {root.name}"
     if key not in shared:
         shared[key] = fx.GraphModule(holder, recipe_graph)
+    whole = _is_concatenation(root) and len(live) == len(sources)
     recipe = Recipe(
         shared[key],
         tuple(meaning[s].target for s in live),
-        concatenation=_is_concatenation(root) and len(live) == len(sources),
+        concatenation=whole,
+        transposed=whole and _is_transposed(root),
     )
     last = next(reversed([n for n in graph.nodes if n.op == "placeholder"]), None)
     place = last.next if last is not None else next(iter(graph.nodes))
     with graph.inserting_before(place):
         node = graph.placeholder(f"packed_{root.name}")
     node.meta.update(root.meta)
-    node.meta["weight"] = True
+    node.meta |= {"weight": True, "val": root.meta["val"].contiguous()}
     packed = Input(node.name, InputKind.PACKED, f"{module_of(root) or 'model'}.{node.name}", recipe=recipe)
     program.inputs.append(packed)
     return node, packed
@@ -158,7 +192,9 @@ def _pack(
 
 def _label(recipe: Recipe | None) -> str:
     assert recipe is not None
-    return f"{len(recipe.sources)} weights laid side by side" if recipe.concatenation else "computed from weights"
+    if recipe.concatenation and len(recipe.sources) > 1:
+        return f"{len(recipe.sources)} weights laid side by side"
+    return "laid out by rows" if recipe.concatenation else "computed from weights"
 
 
 def _drop_unread(program: Program) -> None:
