@@ -1,4 +1,10 @@
-"""Compiling without launching: the kernels of calls whose results nobody wants, several at a time."""
+"""Compiling without launching: the kernels of calls whose results nobody wants, several at a time.
+
+    compile_only(calls, until)      # all of them, now
+    compile_behind(calls, until)    # a few at a time while others run; who launches one of them waits for that one
+
+A kernel is ready when it is on the device and its launcher, which a C compiler builds, is there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import contextvars
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,13 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import replay
 
 aten = torch.ops.aten
+log = logging.getLogger("regraft")
 
 WORKERS: Final = 16
 """Kernels that are compiled at a time, at most. Nearly all of it runs outside of the interpreter's lock."""
+BEHIND: Final = 4
+"""While others run: they want the interpreter's lock too."""
 SECONDS: Final = 60.0
 """What `ahead` takes at most, but for what is being compiled just then."""
 
-log = logging.getLogger("regraft")
+Calls = Iterable[Callable[[], object]]
 
 
 class _WithoutProducts(TorchDispatchMode):
@@ -38,73 +48,120 @@ class _WithoutProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Mode(triton.AsyncCompileMode):
-    """One that makes kernels ready to be launched, on the device with their launchers, which a C compiler builds.
+class _Late(Exception):
+    """It was not begun in time."""
 
-    Nothing keeps its end from being reached: a hook of somebody else's that fails is passed over.
-    """
+
+class _Mode(triton.AsyncCompileMode):
+    """Kernels are made ready by the threads of `pool`, as soon as all are known, and until a time."""
+
+    def __init__(self, pool: ThreadPoolExecutor, until: float) -> None:
+        super().__init__(pool, ignore_errors=True)
+        self.until, self.known = until, threading.Event()
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], Any]) -> Any:
+        """From a call of which nothing is launched: have it compiled. From another: the one that is being compiled."""
+        if not replay.compiling():
+            begun = self.future_kernels.get(key)
+            if begun is None or begun.future.cancel():
+                raise _Late
+            return begun
+
+        other = replay.behind()
+        begun = other.future_kernels.get(key) if other is not None else None
+        if begun is not None and not begun.future.cancel():  # it is being compiled for somebody else
+            self.future_kernels[key] = begun
+            self.raw_futures.append(begun.future)
+            return begun
+
         def make() -> Any:
+            self.known.wait()
+            if time.monotonic() > self.until:
+                raise _Late
             kernel = compile_fn()
             _ = kernel.run
+            with contextlib.suppress(Exception):  # a hook of somebody else's
+                finalize_fn(kernel)
             return kernel
 
-        def finish(kernel: Any) -> None:
-            with contextlib.suppress(Exception):
-                finalize_fn(kernel)
+        return super().submit(key, make, lambda kernel: None)
 
-        return super().submit(key, make, finish)
+    def gather(self, calls: Calls) -> None:
+        """Run the calls, and begin with what they need."""
+        try:
+            self.__enter__()
+            with replay.launching_nothing(), _WithoutProducts():
+                for call in calls:
+                    call()
+        finally:
+            self.known.set()
+
+    def launch(self, call: Callable[[], Any]) -> Any:
+        """A call that launches a kernel: it waits where that kernel is being compiled."""
+        context = contextvars.copy_context()
+        context.run(self.__enter__)
+        try:
+            return context.run(call)
+        except _Late:
+            return call()
+        finally:
+            if all(future.done() for future in self.raw_futures):
+                replay.forget_behind(self)
 
 
-def ahead(calls: Iterable[Callable[[], object]]) -> None:
-    """Have the kernels of these calls before the first of them is run: whatever goes wrong costs time then."""
-
-    def run(ready: Callable[[], int]) -> None:
-        for call in calls:
-            try:
-                call()
-            except Exception:
-                log.debug("a call whose kernels are compiled when they are launched", exc_info=True)
-            ready()
-
-    try:
-        compile_only(run, time.monotonic() + SECONDS)
-    except Exception:
-        log.debug("kernels are compiled when they are launched", exc_info=True)
-
-
-def compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> None:
+def compile_only(calls: Calls, until: float) -> None:
     """Run `calls`, in which our ops have their kernels compiled and launch nothing: what they return is arbitrary.
 
     It ends when all are compiled, or at `until` on the clock of `time.monotonic` but for what is being compiled just
     then. What is left, or cannot be compiled, is compiled when it is first launched.
-
-    Args:
-        calls: is given a function that takes in what is ready, and returns how many kernels that are.
     """
-    contextvars.copy_context().run(_compile_only, calls, until)  # where the mode goes when it ends, however that is
-
-
-def _compile_only(calls: Callable[[Callable[[], int]], None], until: float) -> None:
-    workers = min(WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, initializer=_choose_device()) as pool, _Mode(pool, ignore_errors=True) as mode:
-
-        def ready() -> int:
-            done = [k for k in mode.future_kernels.values() if k.future.done()]
-            return sum(kernel.result(ignore_errors=True) is not None for kernel in done)
-
+    with _pool(WORKERS) as pool:
+        mode = _Mode(pool, until)
         try:
-            with replay.launching_nothing(), _WithoutProducts():
-                calls(ready)
+            contextvars.copy_context().run(mode.gather, calls)  # where the mode stays, however that ends
             wait(mode.raw_futures, timeout=max(0.0, until - time.monotonic()))
         finally:
-            for future in mode.raw_futures:
-                future.cancel()
+            mode.until = 0.0
 
 
-def _choose_device() -> Callable[[], None] | None:
-    """What makes the current device of this thread that of another."""
-    if not torch.cuda.is_initialized():
-        return None
-    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+def compile_behind(calls: Calls, until: float) -> None:
+    """Run `calls` as `compile_only` does, but compile what they need while others run; nothing is begun after `until`.
+
+    Until all is done, what is launched for the first time waits where its kernel is being compiled. At the end of the
+    process those that are being compiled are waited for.
+    """
+    mode = _Mode(_pool(BEHIND), until)
+    try:
+        contextvars.copy_context().run(mode.gather, calls)
+    finally:
+        if mode.raw_futures:
+            replay.set_behind(mode)
+
+
+def settle() -> None:
+    """Wait for all that is compiled while others run."""
+    mode = replay.behind()
+    if isinstance(mode, _Mode):
+        wait(mode.raw_futures)
+
+
+def ahead(calls: Calls) -> None:
+    """Have the kernels of these calls before the first of them is run: whatever goes wrong costs time then."""
+
+    def tried(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception:
+            log.debug("a call whose kernels are compiled when they are launched", exc_info=True)
+
+    try:
+        compile_only((functools.partial(tried, call) for call in calls), time.monotonic() + SECONDS)
+    except Exception:
+        log.debug("kernels are compiled when they are launched", exc_info=True)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads whose current device is this thread's."""
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    choose = None if device is None else functools.partial(torch.cuda.set_device, device)
+    return ThreadPoolExecutor(min(workers, os.cpu_count() or 1), "regraft-compile", initializer=choose)

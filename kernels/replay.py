@@ -29,7 +29,7 @@ Key = tuple[Any, ...]
 
 class _Current(threading.local):
     recording: _Recording | None = None
-    seen: dict[Any, tuple[list[_Form], bool] | None] | None = None
+    seen: dict[Any, tuple[list[_Form], bool]] | None = None
     """Results of calls while nothing is launched, by what was called."""
 
 
@@ -71,6 +71,28 @@ def once(key: Any, call: Callable[[], Any]) -> Any:
     if all(isinstance(t, Tensor) and t.data_ptr() % ALIGNMENT == 0 for t in tensors):
         _current.seen[key] = ([(t.shape, t.stride(), t.dtype, t.device) for t in tensors], single)
     return result
+
+
+class _Behind:
+    """What compiles kernels while others run; it has a method `launch`."""
+
+    mode: Any = None
+
+
+def behind() -> Any:
+    """What compiles kernels while others run, or None."""
+    return _Behind.mode
+
+
+def set_behind(mode: Any) -> None:
+    """Kernels that are launched for the first time may be among those that `mode` compiles."""
+    _Behind.mode = mode
+
+
+def forget_behind(mode: Any) -> None:
+    """It has compiled all."""
+    if _Behind.mode is mode:
+        _Behind.mode = None
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -115,7 +137,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if compiling():
         kernel.run(*args, grid=grid, warmup=True, **constants)
         return
-    compiled = kernel[grid](*args, **constants)
+    mode = _Behind.mode
+    run = kernel[grid]
+    compiled = run(*args, **constants) if mode is None else mode.launch(lambda: run(*args, **constants))
     recording = _current.recording
     if recording is not None:
         recording.add(kernel, compiled, grid, args, constants)

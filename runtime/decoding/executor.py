@@ -213,29 +213,33 @@ class Executor:
 
     def _compile_kernels(self, rows: int, first: Shape, epilogue: Epilogue | None) -> None:
         """Have the kernels of all steps of so many rows: of this one, of decoding, of others; nothing is written."""
-        from ...kernels.compiling import compile_only  # Triton is not there on every platform
+        from ...kernels.compiling import compile_behind, compile_only  # Triton is not there on every platform
         from ...kernels.thresholds import thresholds
 
         self._warm.add(rows > 1)
         limits, flat = self.limits, self.flat
         budget = max(limits.budget(self.tables.windows), limits.max_batch_size)
         most = min(budget, rows * self.max_seq_len)
-        wanted = list(dict.fromkeys([first, *warm_up.shapes(rows, most, thresholds(self.device), first.tokens)]))
-        spare = self._new_state()
+        others = [s for s in warm_up.shapes(rows, most, thresholds(self.device), first.tokens) if s != first]
         if self._verbose:
-            print(warm_up.announced(wanted, rows, limits.warm_up_seconds, flat.token_bytes), flush=True)
+            print(warm_up.announced([first, *others], rows, limits.warm_up_seconds, flat.token_bytes), flush=True)
 
-        def compute(shape: Shape) -> None:
+        @torch.no_grad()
+        def compute(shape: Shape) -> tuple[Tensor, Tensor]:
             nothing = packed((), rows, shape.tokens, len(flat.groups), limits.block_size).to(self.device)
-            with torch.no_grad():
-                logits, sampled = self._compute(nothing, rows, shape)
-                if shape is first:
-                    if epilogue is not None:
-                        epilogue(logits, sampled)
-                    for some in batch_buckets(rows):
-                        self._one(spare, some, epilogue)
+            return self._compute(nothing, rows, shape)
 
-        warm_up.run(wanted, compute, compile_only, limits.warm_up_seconds)
+        @torch.no_grad()
+        def compute_and_decode(shape: Shape) -> None:
+            logits, sampled = compute(shape)
+            if epilogue is not None:
+                epilogue(logits, sampled)
+            spare = self._new_state()
+            for some in batch_buckets(rows):
+                self._one(spare, some, epilogue)
+
+        warm_up.run([first], compute_and_decode, compile_only, limits.warm_up_seconds)
+        warm_up.run(others, compute, compile_behind, limits.warm_up_seconds)
 
     def _graph_input(self, host: Tensor, shape: Shape, rows: int) -> Tensor | None:
         """The input of the graph for this shape, which is captured when the shape comes for the third time."""

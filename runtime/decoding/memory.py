@@ -52,9 +52,9 @@ class Limits:
     prefix_sharing: bool = True
     """Whether pages of equal beginnings are shared, also between calls."""
     warm_up_seconds: int = 30
-    """How long kernels for prompts of all lengths may be compiled, on a GPU, before the first prompt is computed, and
-    before the first batch of several; what is not compiled by then, or with 0, is when a prompt needs it. Triton keeps
-    them on disk."""
+    """How long kernels for prompts of all lengths may be compiled, on a GPU: those of the first prompt before it is
+    computed, others while it is, and so for the first batch of several. What is not begun by then, or with 0, is
+    compiled when a prompt needs it. Triton keeps them on disk."""
 
     def __post_init__(self) -> None:
         leasts = (("max_batch_size", 1), ("token_budget", 1), ("max_seq_len", 2), ("warm_up_seconds", 0))

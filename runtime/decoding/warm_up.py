@@ -1,4 +1,4 @@
-"""Compiling the kernels of prompts of all lengths before the first one is computed, within a bound of time.
+"""Compiling the kernels of prompts of all lengths when the first one comes, within a bound of time.
 
 Which kernels compute a step depends on how many tokens it has: tables say where another one, or another configuration,
 takes over. Of each class of lengths between two such places the smallest member is run, without launching anything.
@@ -7,9 +7,10 @@ takes over. Of each class of lengths between two such places the smallest member
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,14 +68,15 @@ def announced(wanted: Sequence[Shape], rows: int, seconds: int, each: int) -> st
     size = max(1, most * each >> 20)
     return (
         f"regraft: compiling kernels for prompts of up to {most} tokens, batch {rows} ({len(wanted)} kinds of steps): "
-        f"at most {seconds} s, less where they were compiled before, and about {size} MiB meanwhile"
+        f"this prompt's at once, the others while it runs; at most {seconds} s each, less where they were compiled "
+        f"before, and about {size} MiB meanwhile"
     )
 
 
 def run(
     wanted: Sequence[Shape],
     compute: Callable[[Shape], object],
-    compile_only: Callable[[Callable[[Callable[[], int]], None], float], None],
+    compile_them: Callable[[Iterable[Callable[[], object]], float], None],
     seconds: float,
 ) -> int:
     """Run `compute` for each shape where nothing is launched, until `seconds` have gone by; returns for how many.
@@ -84,20 +86,19 @@ def run(
     started = time.monotonic()
     done = 0
 
-    def calls(ready: Callable[[], int]) -> None:
+    def calls() -> Iterator[Callable[[], object]]:
         nonlocal done
         for shape in wanted:
             if time.monotonic() - started > seconds:
                 break
-            compute(shape)
-            ready()
+            yield functools.partial(compute, shape)
             done += 1
 
     try:
-        compile_only(calls, started + seconds)
+        compile_them(calls(), started + seconds)
     except Exception as error:  # noqa: BLE001 - memory that is not there, or a kernel's launcher in any way
         text = "kernels for steps of %d tokens and more are compiled when they come (%s: %s)"
         log.warning(text, wanted[min(done, len(wanted) - 1)].tokens, type(error).__name__, str(error)[:200])
     taken = time.monotonic() - started
-    log.info("kernels of %d of %d kinds of steps were compiled in %.1f s", done, len(wanted), taken)
+    log.info("kernels of %d of %d kinds of steps were asked for in %.1f s", done, len(wanted), taken)
     return done
