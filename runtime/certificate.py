@@ -170,7 +170,8 @@ class Judge:
     def measure(self, run: Callable[[Mapping[str, torch.Tensor]], Any]) -> Certificate:
         """Compare a candidate on every case; stops at the first that fails."""
         measured: list[Measured] = []
-        compile_ahead(self._device, [partial(run, truth.case.tensors) for truth in self._truths])
+        with alike(self._device):  # draws none of the caller's random numbers
+            compile_ahead(self._device, [partial(run, truth.case.tensors) for truth in self._truths])
         for truth in self._truths:
             with alike(self._device):
                 found = named_outputs(run(truth.case.tensors))
