@@ -9,7 +9,6 @@ the new tensors' addresses by a few lines of generated Python.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -186,7 +185,7 @@ class _Recording:
             return
         names = [p.name for p in kernel.params]
         given = {n: v for n, v in constants.items() if n in names}
-        bound = inspect.signature(kernel.fn).bind(*args, **given)
+        bound = kernel.signature.bind(*args, **given)
         bound.apply_defaults()
         values = [self._value(v) for v in bound.arguments.values()]
         x, y, z = (*grid, 1, 1)[:3]

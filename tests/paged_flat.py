@@ -29,7 +29,7 @@ class TinyFlat:
         self.groups, self.vocab, self.version = windows, VOCAB, 0
         self.max_positions = self.tabulated = None
         self.embedding = torch.randn(VOCAB, 2 * DIM, generator=made).to(device, dtype)
-        self.places = torch.randn(2048, 2 * DIM, generator=made).to(device, dtype)
+        self.places = torch.randn(2200, 2 * DIM, generator=made).to(device, dtype)
         self.head = torch.randn(2 * DIM, VOCAB, generator=made).to(device, dtype)
         self.calls = 0
         self.fail_at = -1

@@ -32,8 +32,10 @@ log = logging.getLogger("regraft")
 
 MAX_PREFILLS: Final = 24
 """CUDA graphs of mixed steps."""
-GRAPHED: Final = 1024
-"""Tokens of the longest mixed step that has one: the GPU computes longer ones no faster than the host launches."""
+GRAPHED: Final = 2048
+"""Tokens of the longest mixed step that has one."""
+GRAPHED_BYTES: Final = 64 << 20
+"""What such a step may take while it is computed: with more the GPU is slower than the host that launches."""
 UNBOUNDED: Final = 1 << 30
 """The limit of a row whose host counts its steps itself."""
 
@@ -86,7 +88,7 @@ class Executor:
         self._cold = limits.warm_up_seconds > 0 and with_graphs
         self._warm: set[bool] = set()
         """Whether kernels were compiled for steps of one row, and of several."""
-        self._graphed = GRAPHED
+        self._graphed = min(GRAPHED, max(SHORT, GRAPHED_BYTES // max(1, flat.token_bytes)))
         self._prefills: dict[tuple[Shape, int], int | Tensor] = {}
         """Of mixed steps by shape and rows: how often they came, then the input of their graph."""
 
