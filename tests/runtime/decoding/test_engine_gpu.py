@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 
 import regraft
@@ -61,6 +62,27 @@ def test_graphs_give_the_tokens_of_single_launches(flat: FlatProgram, sampled: b
     made = engine.stats.graphs
     engine.run([Request(p[::-1], q, max_new_tokens=9) for p, q in zip(prompts(flat, 13), params)], sampler)
     assert engine.stats.graphs - made <= 4  # prefills of sizes that came for the third time; no decoding graph
+
+
+def test_longer_prompts_by_graph() -> None:
+    config = zoo.config("llama")
+    config.max_position_embeddings = 2048
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(config).eval().cuda()
+    flat = flat_program(regraft.optimize(model, verbose=False))
+    assert isinstance(flat, FlatProgram)
+    limits = {"max_seq_len": 1200, "token_budget": 1100, "prefix_sharing": False, "warm_up_seconds": 0}
+    made = torch.Generator().manual_seed(4)
+    given = [torch.randint(3, flat.vocab, (n,), generator=made).tolist() for n in (290, 520, 1000)]
+    requests = [Request(prompt, max_new_tokens=6) for prompt in given]
+    expected = [build(flat, graphs=False, **limits).run([r], Sampler(flat.vocab, "cuda")) for r in requests]
+    engine, sampler = build(flat, **limits), Sampler(flat.vocab, "cuda")
+    graphs = engine.executor.graphs
+    assert graphs is not None
+    for _ in range(4):  # by graph from the third time on
+        assert [engine.run([r], sampler) for r in requests] == expected
+    assert len([key for key in graphs._graphs if key[0] == "prefill"]) == 3  # type: ignore[index]
+    assert engine.run(requests, sampler) == [tokens for (tokens,) in expected]
 
 
 def test_nothing_is_allocated_while_decoding(flat: FlatProgram) -> None:
