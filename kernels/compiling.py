@@ -13,10 +13,10 @@ import contextvars
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
@@ -52,12 +52,39 @@ class _Late(Exception):
     """It was not begun in time."""
 
 
+class _Held(Executor):
+    """Begins with nothing before all is known, and then with what takes longest: Gluon's kernels."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._held: list[tuple[bool, Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, call: Callable[[], Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        kernel = replay.being_compiled()
+        self._held.append((kernel is None or not kernel.is_gluon(), future, functools.partial(call, *args, **kwargs)))
+        return future
+
+    def begin(self) -> None:
+        for _, future, call in sorted(self._held, key=itemgetter(0)):
+            self._pool.submit(_run, future, call)
+        self._held.clear()
+
+
+def _run(future: Future[Any], call: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+
 class _Mode(triton.AsyncCompileMode):
     """Kernels are made ready by the threads of `pool`, as soon as all are known, and until a time."""
 
     def __init__(self, pool: ThreadPoolExecutor, until: float) -> None:
-        super().__init__(pool, ignore_errors=True)
-        self.until, self.known = until, threading.Event()
+        self.until, self.held = until, _Held(pool)
+        super().__init__(self.held, ignore_errors=True)
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], Any]) -> Any:
         """From a call of which nothing is launched: have it compiled. From another: the one that is being compiled."""
@@ -66,7 +93,6 @@ class _Mode(triton.AsyncCompileMode):
             if begun is None or begun.future.cancel():
                 raise _Late
             return begun
-
         other = replay.behind()
         begun = other.future_kernels.get(key) if other is not None else None
         if begun is not None and not begun.future.cancel():  # it is being compiled for somebody else
@@ -75,7 +101,6 @@ class _Mode(triton.AsyncCompileMode):
             return begun
 
         def make() -> Any:
-            self.known.wait()
             if time.monotonic() > self.until:
                 raise _Late
             kernel = compile_fn()
@@ -94,7 +119,7 @@ class _Mode(triton.AsyncCompileMode):
                 for call in calls:
                     call()
         finally:
-            self.known.set()
+            self.held.begin()
 
     def launch(self, call: Callable[[], Any]) -> Any:
         """A call that launches a kernel: it waits where that kernel is being compiled."""

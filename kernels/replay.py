@@ -30,6 +30,8 @@ class _Current(threading.local):
     recording: _Recording | None = None
     seen: dict[Any, tuple[list[_Form], bool]] | None = None
     """Results of calls while nothing is launched, by what was called."""
+    kernel: Any = None
+    """What was last compiled instead of launched."""
 
 
 _current = _Current()
@@ -48,6 +50,11 @@ def launching_nothing() -> Iterator[None]:
 def compiling() -> bool:
     """Whether nothing is launched just now."""
     return _current.seen is not None
+
+
+def being_compiled() -> Any:
+    """The kernel that is compiled now instead of being launched."""
+    return _current.kernel
 
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -134,6 +141,7 @@ def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, remembered if a recording is under way."""
     if compiling():
+        _current.kernel = kernel
         kernel.run(*args, grid=grid, warmup=True, **constants)
         return
     mode = _Behind.mode
