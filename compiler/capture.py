@@ -26,6 +26,7 @@ from .example_inputs import enlarge, on_device, proposals, same_batch, same_leng
 from .functional import functional
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
+from .module_state import Snapshot, state_of
 from .outputs import Structure, caches, flatten
 from .positions import bound_lengths
 from .program import Note, Program
@@ -108,7 +109,13 @@ def _concrete_run(
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = {n: mode.from_tensor(t) for n, t in tensors.items()}
                 return forward(model, **fake, **static)
-        return forward(model, **tensors, **static)
+        before = Snapshot(model)
+        returned = forward(model, **tensors, **static)
+        kept = state_of(before, lambda others: forward(model, **others, **static), tensors)
+        if kept is not None:  # tables stay: the graph reads them
+            before.restore()
+            raise CaptureError("", f"its forward keeps {kept} for its next call, which no graph does")
+        return returned
 
 
 def _takes_use_cache(model: nn.Module, forward: Forward) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..compiler.errors import CaptureError
 from ..compiler.expected import PASS_OF, expectations
-from ..compiler.program import Input, Note, Program, Recipe
+from ..compiler.program import Input, InputKind, Note, Program, Recipe
 from ..compiler.records import PassResult
 from . import caches
 from .call import Call
@@ -183,6 +183,9 @@ class Builder:
             unbound = self.unbound if self.overridden else type(self.module).forward
             forward = nest(unbound, call.shapes) if self.overridden or call.shapes else None
             program = self.stages.capture(self.module, call, forward)
+        live = (i.target for i in program.inputs if i.kind in (InputKind.PARAMETER, InputKind.BUFFER))
+        if any(name not in self.weights.slots for name in live):  # a table that the forward made when it first ran
+            self.weights.refresh()
         entry.notes += program.notes
         program.example = self._short(program, entry)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..compiler.module_state import state_kept
 from ..compiler.program import Note
 from ..kernels import tuning
 from .announce import announcement
@@ -224,7 +225,7 @@ def _refusal(dispatch: Dispatch, examples: Mapping[str, Any]) -> str | None:
     if device_of(dispatch.module).type == "meta":
         return None
     try:
-        with torch.no_grad(), evaluating(dispatch.module):
+        with torch.no_grad(), evaluating(dispatch.module), state_kept(dispatch.module):
             dispatch.original(**examples)
     except Exception as error:  # noqa: BLE001 - a model's code refuses arguments in any way it likes
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..compiler.module_state import state_kept
 from ..compiler.verify import upcast
 
 CHUNK = 1 << 22
@@ -104,21 +105,6 @@ def eager_implementations(module: nn.Module, attention: bool = True, experts: bo
     finally:
         for config, name, value in before:
             setattr(config, name, value)
-
-
-@contextmanager
-def state_kept(module: nn.Module) -> Iterator[None]:
-    """Puts back what the forward sets on its modules, such as tables that it keeps: raised ones must not stay."""
-    owners = list(module.modules())
-    tables = [t for m in owners for t in (m.__dict__, m._parameters, m._buffers)]
-    before = [dict(t) for t in tables]
-    try:
-        yield
-    finally:
-        for table, old in zip(tables, before, strict=True):
-            for name in table.keys() - old.keys():
-                del table[name]
-            table.update(old)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ...compiler.causal import CacheError
 from ...compiler.cross import STATES
 from ...compiler.errors import CaptureError
 from ...compiler.flatten import flattened
+from ...compiler.module_state import state_kept
 from ...compiler.outputs import caches
 from ...compiler.program import InputKind, LayerSpec, Program
 from ...kernels.paged_attention import PAGE_DTYPES
@@ -123,7 +124,7 @@ def _check_state(builder: Builder) -> None:
     if is_encoder_decoder(builder.module) or any(s.captured is not None and s.captured.cache for s in builder.served):
         return
     try:
-        with torch.no_grad():
+        with torch.no_grad(), state_kept(builder.module):
             returned = builder.original(input_ids=torch.tensor([[3, 4]], device=builder.device), use_cache=True)
     except Exception:
         log.debug("%s: its cache could not be looked at", builder.record.model, exc_info=True)
