@@ -32,7 +32,8 @@ def lift(exported: ExportedProgram, prefix: str, model: nn.Module) -> tuple[fx.G
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise ValueError(f"the forward writes to {', '.join(str(w).removeprefix(prefix) for w in written)}")
+        names = [str(w).removeprefix(prefix).removeprefix("tensors_") for w in written]
+        raise ValueError(f"the forward writes to {', '.join(names)}")
     graph = exported.graph_module.graph
     _drop_size_checks(graph)
     keep_layouts(graph)

@@ -67,17 +67,24 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+class UnfitError(InputError):
+    """Inputs of a call that no graph takes; `what` they are, in few words."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
 def check_inputs(inputs: Mapping[str, Any], past: object = None) -> None:
-    """Refuse inputs that no forward can take, naming the argument.
+    """Refuse inputs that no graph takes, naming the argument.
 
     Raises:
-        InputError: an empty batch, or an attention mask whose shape does not belong to the tokens.
+        UnfitError: an empty batch, or an attention mask whose shape does not belong to the tokens.
     """
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.numel() == 0:
-            raise InputError(
-                f"{name} has shape {list(value.shape)}: an empty batch; give at least one row and one token"
-            )
+            message = f"{name} has shape {list(value.shape)}: an empty batch; give at least one row and one token"
+            raise UnfitError(message, f"an empty {name}")
     if past is None:  # with tokens in a cache the mask is longer than the tokens given
         for prefix in ("", "decoder_"):
             _check_mask(inputs, prefix)
@@ -91,9 +98,10 @@ def _check_mask(inputs: Mapping[str, Any], prefix: str) -> None:
         return
     batch, length = tokens.shape[:2]
     if mask.ndim == 2 and tuple(mask.shape) != (batch, length):
-        raise InputError(
+        raise UnfitError(
             f"{prefix}attention_mask has shape {list(mask.shape)}; for {tokens_name} of shape {list(tokens.shape)} it "
-            f"must be [{batch}, {length}], one entry for each token"
+            f"must be [{batch}, {length}], one entry for each token",
+            f"an {prefix}attention_mask of another shape than {tokens_name}",
         )
 
 

@@ -26,7 +26,7 @@ from . import caches
 from .build import Builder, Served, Stages, Unserved
 from .call import Call, Key, Signature
 from .cases import by_tokens
-from .checks import StandIn, adapted, check_inputs
+from .checks import StandIn, UnfitError, adapted, check_inputs
 from .decoding.paged_cache import PagedCache
 from .errors import InputError, RegraftError, RegraftWarning
 from .hooks import Hooks
@@ -134,11 +134,14 @@ class Dispatch(StandIn):
         if self.whole is None:  # what a model hands to its parts is its own affair
             try:
                 check_inputs(call.tensors, call.past)
-            except InputError:
-                if call.unserved is None and not getattr(self._local, "lenient", False):
-                    raise
-                reason = call.unserved or "arguments that do not fit each other"
-                return self._by_original(reason, args, kwargs)  # which judges what it alone can take
+            except UnfitError as refused:
+                if call.unserved is not None or getattr(self._local, "lenient", False):
+                    reason = call.unserved or "arguments that do not fit each other"
+                    return self._by_original(reason, args, kwargs)  # which judges what it alone can take
+                try:
+                    return self._by_original(refused.what, args, kwargs)
+                except Exception as error:  # it does not take them either, and says so less clearly
+                    raise refused from error
         if call.unserved is not None:
             return self._by_original(call.unserved, args, kwargs)
         if call.past is not None and self.whole is not None and not isinstance(self.module, PreTrainedModel):

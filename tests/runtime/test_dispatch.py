@@ -253,11 +253,20 @@ def test_too_long_for_learned_positions() -> None:
         model(tokens(1, 17), attention_mask=torch.ones(1, 17, dtype=torch.long))
 
 
-def test_bad_inputs_are_named(model: transformers.LlamaForCausalLM) -> None:
-    with pytest.raises(InputError, match=r"input_ids has shape \[0, 9\]"):
+def test_inputs_that_no_graph_takes_are_for_the_original_to_judge() -> None:
+    """What it takes is its own affair, with a warning; what it refuses, too, is said in our words."""
+    plain, model = tiny_llama(), optimized(tiny_llama())
+    short = torch.ones(2, 5, dtype=torch.long)
+    with torch.no_grad(), pytest.warns(RegraftWarning, match="an attention_mask of another shape than input_ids"):
+        found = model(tokens(), attention_mask=short).logits
+    assert torch.equal(found, plain(tokens(), attention_mask=short).logits)
+    with warnings.catch_warnings(), pytest.raises(InputError, match=r"input_ids has shape \[0, 9\]: an empty batch"):
+        warnings.simplefilter("ignore", RegraftWarning)
         model(torch.zeros(0, 9, dtype=torch.long))
-    with pytest.raises(InputError, match=r"attention_mask has shape \[2, 5\].*\[2, 9\]"):
-        model(tokens(), attention_mask=torch.ones(2, 5, dtype=torch.long))
+    assert counted(model) == {"graph": 0, "original": 2}
+    linear = optimized(torch.nn.Linear(4, 3).eval(), example_inputs={"input": torch.randn(2, 4)})
+    with torch.no_grad(), pytest.warns(RegraftWarning, match="an empty input is served by the original"):
+        assert linear(torch.zeros(0, 4)).shape == (0, 3)
 
 
 def test_a_module_that_is_no_transformers_model() -> None:
