@@ -29,19 +29,19 @@ from .launch import (
 from .op import Kernel, Signature
 from .softmax_ring_kernel import ring_kernel
 
-PIECE: Final = 8 * 1024
+PIECE: Final = 4 * 1024
 """Bytes of a row that are copied at once."""
 SLOTS: Final = 6
 """Of a program's ring, each of a piece."""
-RESIDENT: Final = 4
+RESIDENT: Final = 8
 """Programs of a multiprocessor."""
-WARPS: Final = 4
+WARPS: Final = 2
+REGISTERS: Final = 65536 // (RESIDENT * WARPS * 32)
+"""Of a thread at most, so that all these programs run at once."""
 AHEAD: Final = 1
 """Pieces by which the sum of a row is ahead of the result of the row before. With 2 too few are on their way."""
-MOST_PARTS: Final = 16
+MOST_PARTS: Final = 64
 """Programs that may share a row."""
-BOARD: Final = 160
-"""Counters of a group of programs."""
 LINE: Final = 128
 """A part has a multiple of so many bytes."""
 
@@ -64,7 +64,7 @@ def split(rows: int, size: int, programs: int) -> Split | None:
         part = triton.cdiv(triton.cdiv(size, parts), LINE) * LINE
         pieces, groups = triton.cdiv(part, PIECE), min(programs // parts, rows)
         work = triton.cdiv(rows, groups) * pieces
-        if 2 <= pieces < SLOTS and (best is None or work < least):
+        if AHEAD < pieces <= SLOTS - AHEAD and (best is None or work < least):
             best, least = Split(parts, part, pieces, groups), work
     return best
 
@@ -94,6 +94,7 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
     y = empty(x.shape, ops.result_dtype(x.dtype, compute_dtype, out_dtype), x.device)
     words = rows.view(torch.int32)
     block = [1, PIECE // 4]
+    places = triton.next_power_of_2(how.parts)
     boards = how.groups if how.parts > 1 else 1
     with on_device(x):
         launch(
@@ -101,7 +102,7 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
             (how.groups * how.parts,),
             TensorDescriptor(words, list(words.shape), list(words.stride()), block, gl.NVMMASharedLayout(0, 32, 2)),
             y,
-            library(counters, boards * BOARD, x.device).view(torch.int64),
+            library(counters, boards * 2 * (4 * places + 16), x.device).view(torch.int64),
             rows.shape[0],
             size // ALIGNMENT,
             how.size // ALIGNMENT,
@@ -111,7 +112,9 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
             COMPUTE_DTYPE=_element(compute_dtype or x.dtype),
             SLOTS=SLOTS,
             PARTS=how.parts,
+            PLACES=places,
             num_warps=WARPS,
+            maxnreg=REGISTERS,
             launch_cooperative_grid=True,
         )
     return y
@@ -125,11 +128,7 @@ def _supports(signature: Signature) -> str | None:
     reason = softmax_triton.KERNELS[0].supports(signature)
     if reason is not None:
         return reason
-    x = signature["x"]
-    result = ops.result_dtype(x.dtype, signature["compute_dtype"], signature["out_dtype"])
-    if x.dtype.itemsize != 2 or result.itemsize != 2:
-        return f"x is {x.dtype}, the result {result}; this kernel is for 16 bits"
-    if INTERPRETED or compute_capability(x.device)[0] != 9:
+    if INTERPRETED or compute_capability(signature["x"].device)[0] != 9:
         return "this kernel is for Hopper GPUs"
     return None
 

@@ -93,26 +93,25 @@ def _word(tag, value):
 
 
 @gluon.jit
-def _tell(board_ptr, tag, part, top, total, PARTS: gl.constexpr):
-    """Board `[two rows in turn, maxima and sums, PARTS]` int64: the number of the row, from 1, above the value."""
-    at = board_ptr + (tag & 1) * (2 * PARTS) + part
+def _tell(board_ptr, tag, part, top, total, PLACES: gl.constexpr):
+    """Board `[two rows in turn, maxima and sums, PLACES]` int64: the number of the row, from 1, above the value."""
+    at = board_ptr + (tag & 1) * (2 * PLACES) + part
     gl.atomic_xchg(at, _word(tag, top), sem="relaxed")
-    gl.atomic_xchg(at + PARTS, _word(tag, total), sem="relaxed")
+    gl.atomic_xchg(at + PLACES, _word(tag, total), sem="relaxed")
 
 
 @gluon.jit
-def _hear(board_ptr, tag, PARTS: gl.constexpr):
+def _hear(board_ptr, tag, PARTS: gl.constexpr, PLACES: gl.constexpr):
     """Maximum and sum of the whole row, when all its programs have told theirs."""
-    COUNT: gl.constexpr = 16
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    part = gl.arange(0, COUNT, L)
-    at = board_ptr + (tag & 1) * (2 * PARTS) + part
-    tops = gl.full((COUNT,), 0, gl.int64, L)
-    totals = gl.full((COUNT,), 0, gl.int64, L)
+    part = gl.arange(0, PLACES, L)
+    at = board_ptr + (tag & 1) * (2 * PLACES) + part
+    tops = gl.full((PLACES,), 0, gl.int64, L)
+    totals = gl.full((PLACES,), 0, gl.int64, L)
     missing = 1
     while missing > 0:
         tops = gl.load(at, mask=part < PARTS, other=0, volatile=True)
-        totals = gl.load(at + PARTS, mask=part < PARTS, other=0, volatile=True)
+        totals = gl.load(at + PLACES, mask=part < PARTS, other=0, volatile=True)
         old = ((tops >> 32).to(gl.int32) != tag) | ((totals >> 32).to(gl.int32) != tag)
         missing = gl.sum((old & (part < PARTS)).to(gl.int32), 0)
     tops = gl.where(part < PARTS, tops.to(gl.int32).to(gl.float32, bitcast=True), -float("inf"))
@@ -121,24 +120,34 @@ def _hear(board_ptr, tag, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _write(y_ptr, x, top, shift, start, stop, COMPUTE_DTYPE: gl.constexpr, L: gl.constexpr, SHAPE: gl.constexpr):
-    y = _exp2((x.to(gl.float32) - top) * LOG2_E + shift)
+def _share(total, y_ptr):
+    """What `_write` needs of the sum: its inverse, or for 16 bits, as near as these can tell, minus its logarithm."""
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 32:
+        return 1.0 / total
+    else:
+        return -gl.log2(total)
+
+
+@gluon.jit
+def _write(y_ptr, x, top, share, start, stop, COMPUTE_DTYPE: gl.constexpr, L: gl.constexpr, SHAPE: gl.constexpr):
+    y = (x.to(gl.float32) - top) * LOG2_E
+    y = _exp2(y) * share if y_ptr.dtype.element_ty.primitive_bitwidth == 32 else _exp2(y + share)
     y = y.to(COMPUTE_DTYPE).to(y_ptr.dtype.element_ty)
     cols = start + _columns(L, SHAPE)
     if start + SHAPE[0] * SHAPE[1] * SHAPE[2] > stop:
-        gl.store(y_ptr + cols, y, mask=cols < stop, eviction_policy="evict_first")
+        gl.store(y_ptr + cols, y, mask=cols < stop)
     else:
-        gl.store(y_ptr + cols, y, eviction_policy="evict_first")
+        gl.store(y_ptr + cols, y)
 
 
 @gluon.jit(do_not_specialize=["R", "U", "V", "pieces", "ahead"])
 def ring_kernel(
     x_desc, y_ptr, board_ptr, R, U, V, pieces, ahead,
-    DTYPE: gl.constexpr, COMPUTE_DTYPE: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
+    DTYPE: gl.constexpr, COMPUTE_DTYPE: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """x `[R, 16 U bytes]` as words of 32 bits; y the same as numbers of 16 bits. A part has 16 V bytes or fewer in so
-    many pieces, from 2 to SLOTS - `ahead`, which is from 1 to pieces - 1. At most 16 PARTS. board `[groups, 80]` int64,
-    0 before and after; where a program has a row for itself it is not touched."""
+    """x `[R, 16 U bytes]` as words of 32 bits; y the same as numbers. A part has 16 V bytes or fewer in so many pieces,
+    from 2 to SLOTS - `ahead`, which is from 1 to pieces - 1. PLACES: the power of two from PARTS on. board `[groups,
+    4 PLACES + 16]` int64, 0 before and after; where a program has a row for itself it is not touched."""
     E: gl.constexpr = 128 // DTYPE.primitive_bitwidth
     T: gl.constexpr = 32 * gl.num_warps()
     SHAPE: gl.constexpr = [x_desc.block_type.shape[1] // (4 * T), T, E]
@@ -156,7 +165,7 @@ def ring_kernel(
     part = gl.program_id(0) % PARTS
     begin = part * V * E
     stop = gl.minimum(begin + V * E, U * E)
-    board_ptr += group * 80
+    board_ptr += group * (4 * PLACES + 16)
     asked = (group, 0, (R - group + groups - 1) // groups * pieces)
     for s in gl.static_range(SLOTS):
         asked = _ask(x_desc, words, full, s, asked, part * V * 4, pieces, groups)
@@ -168,7 +177,7 @@ def ring_kernel(
         come, tops, totals = _add(ring, full, come, tops, totals, begin + i * BLOCK, stop, L, SHAPE, SLOTS)
     next_top, next_total = _sum(tops, totals)
     if PARTS > 1:
-        _tell(board_ptr, gl.to_tensor(1), part, next_top, next_total, PARTS)
+        _tell(board_ptr, gl.to_tensor(1), part, next_top, next_total, PLACES)
     tops = gl.full((T,), -float("inf"), gl.float32, BY_THREAD)
     totals = gl.zeros((T,), gl.float32, BY_THREAD)
     if group + groups < R:
@@ -178,8 +187,8 @@ def ring_kernel(
     for row in range(group, R, groups):
         top, total = next_top, next_total
         if PARTS > 1:
-            top, total = _hear(board_ptr, tag, PARTS)
-        shift = -gl.log2(total)  # as near as 16 bits can tell
+            top, total = _hear(board_ptr, tag, PARTS, PLACES)
+        share = _share(total, y_ptr)
         y_row = y_ptr + gl.cast(row, gl.int64) * (U * E)
         more = row + groups < R
         for i in range(pieces):
@@ -187,12 +196,12 @@ def ring_kernel(
             thread_barrier()  # all warps have read it
             asked = _ask(x_desc, words, full, free, asked, part * V * 4, pieces, groups)
             free = _after(free, SLOTS)
-            _write(y_row, x, top, shift, begin + i * BLOCK, stop, COMPUTE_DTYPE, L, SHAPE)
+            _write(y_row, x, top, share, begin + i * BLOCK, stop, COMPUTE_DTYPE, L, SHAPE)
             place = i + ahead
             if (place == pieces) & more:  # the next row is complete
                 next_top, next_total = _sum(tops, totals)
                 if PARTS > 1:
-                    _tell(board_ptr, tag + 1, part, next_top, next_total, PARTS)
+                    _tell(board_ptr, tag + 1, part, next_top, next_total, PLACES)
                 tops = gl.full((T,), -float("inf"), gl.float32, BY_THREAD)
                 totals = gl.zeros((T,), gl.float32, BY_THREAD)
                 more = row + 2 * groups < R
@@ -204,8 +213,8 @@ def ring_kernel(
         tag += 1
     if PARTS > 1:
         thread_barrier()  # all warps have heard the last row
-        left_ptr = (board_ptr + 64).to(gl.pointer_type(gl.int32), bitcast=True)
+        left_ptr = (board_ptr + 4 * PLACES).to(gl.pointer_type(gl.int32), bitcast=True)
         if gl.atomic_add(left_ptr, 1, sem="acq_rel") == PARTS - 1:  # nobody reads the board any more
             flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-            gl.store(board_ptr + gl.arange(0, 64, flat), gl.full((64,), 0, gl.int64, flat))
+            gl.store(board_ptr + gl.arange(0, 4 * PLACES, flat), gl.full((4 * PLACES,), 0, gl.int64, flat))
             gl.store(left_ptr, 0)
