@@ -38,8 +38,6 @@ RESIDENT: Final = 8
 WARPS: Final = 2
 REGISTERS: Final = 65536 // (RESIDENT * WARPS * 32)
 """Of a thread at most, so that all these programs run at once."""
-AHEAD: Final = 1
-"""Pieces by which the sum of a row is ahead of the result of the row before. With 2 too few are on their way."""
 MOST_PARTS: Final = 64
 """Programs that may share a row."""
 LINE: Final = 128
@@ -55,6 +53,11 @@ class Split:
     pieces: int
     groups: int
 
+    @property
+    def ahead(self) -> int:
+        """Pieces by which the sum of a row is ahead of the result of the row before: 2 if others still are on their way."""
+        return 2 if 2 < self.pieces < SLOTS - 2 else 1
+
 
 @functools.lru_cache(maxsize=1024)
 def split(rows: int, size: int, programs: int) -> Split | None:
@@ -64,7 +67,7 @@ def split(rows: int, size: int, programs: int) -> Split | None:
         part = triton.cdiv(triton.cdiv(size, parts), LINE) * LINE
         pieces, groups = triton.cdiv(part, PIECE), min(programs // parts, rows)
         work = triton.cdiv(rows, groups) * pieces
-        if AHEAD < pieces <= SLOTS - AHEAD and (best is None or work < least):
+        if 2 <= pieces < SLOTS and (best is None or work < least):
             best, least = Split(parts, part, pieces, groups), work
     return best
 
@@ -107,7 +110,7 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
             size // ALIGNMENT,
             how.size // ALIGNMENT,
             how.pieces,
-            AHEAD,
+            how.ahead,
             DTYPE=_element(x.dtype),
             COMPUTE_DTYPE=_element(compute_dtype or x.dtype),
             SLOTS=SLOTS,

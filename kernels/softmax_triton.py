@@ -134,8 +134,9 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
     rows, width = n0 * n1 * n2, x.shape[-1]
     sizes = (n1, n2, width, *strides, x.stride(-1))
     how = {"COMPUTE_DTYPE": TL_DTYPES[compute_dtype or x.dtype], "STRIDED": x.stride(-1) != 1}
-    block = min(triton.next_power_of_2(width), WHOLE)
-    config = choose("softmax", {"D": block, "R": rows, "bytes": x.element_size()}, RowMemory(block), x.device)
+    block = triton.next_power_of_2(width)
+    needed = RowMemory(min(block, WHOLE))
+    config = choose("softmax", {"D": block, "R": rows, "bytes": x.element_size()}, needed, x.device)
     with on_device(x):
         if width > WHOLE:
             threads = {"BLOCK_T": 32 * config.num_warps, "BLOCK_E": ALIGNMENT // x.element_size()}
