@@ -36,15 +36,13 @@ class InputKind(enum.Enum):
 class Recipe:
     """How a packed weight is computed: `graph(*sources) -> Tensor`.
 
-    `concatenation` is true where the result is the sources laid one behind the other along dim 0, `transposed` where
-    each lies there transposed: then the sources can become views of it and nothing is stored twice.
+    `concatenation` is true where the result is the sources laid one behind the other along dim 0: then the sources
+    can become views of it and nothing is stored twice.
     """
 
     graph: fx.GraphModule
     sources: tuple[str, ...]
     concatenation: bool = False
-    transposed: bool = False
-    """Of a concatenation, which may be one of a single source."""
 
 
 @dataclass(frozen=True)

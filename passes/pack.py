@@ -1,16 +1,17 @@
 """Compute once what depends on weights alone.
 
     cat(wq, wk, wv)  ->  one packed weight; wq, wk, wv become views of it, so that nothing is stored twice
-    w.T, of a matrix that is read in no other way  ->  the same, since kernels for few rows read rows of `[out, in]`
     anything else made of weights only, up to 1 MiB  ->  a packed copy, renewed when a weight changes
+    w.T, where a step of decoding reads its rows     ->  a packed copy as well, on a GPU that has room
 
 Larger results that are no concatenation stay in the graph: a copy would cost the memory of the weight a second time.
+The exception are weights that lie `[in, out]` (GPT-2's): kernels for few rows read rows of `[out, in]` in wide loads.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import fx
@@ -26,9 +27,10 @@ aten = torch.ops.aten
 
 LARGEST_COPY: Final = 1 << 20
 """Bytes of a packed copy."""
+SHARE_OF_MEMORY: Final = 32
+"""One part of so many of a GPU's memory may hold copies of weights by rows."""
 ALIGNMENT: Final = 16
 """Bytes that divide a row which kernels read in wide loads."""
-TRANSPOSES: Final = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 def pack(program: Program, context: Context) -> PassResult:
@@ -41,11 +43,16 @@ def pack(program: Program, context: Context) -> PassResult:
     roots = [n for n in constant if any(u not in constant for u in n.users)]
     shared: dict[str, fx.GraphModule] = {}
     done: dict[fx.Node, fx.Node] = {}
+    room = _room(context) if any(i.kind is InputKind.PAGES for i in program.inputs) else 0
     for root in roots:
         members = _slice_of(root)
-        if not _worth_packing(root, members):
+        size = _size_by_rows(root, meaning, context)
+        by_rows = 0 < size <= room
+        if by_rows:
+            room -= size
+        elif not _worth_packing(root, members):
             continue
-        node, packed = _pack(program, root, members, meaning, shared)
+        node, packed = _pack(program, root, members, meaning, shared, by_rows)
         root.replace_all_uses_with(node, delete_user_cb=lambda user: user not in constant)  # recipes still read it
         done[root] = node
         result.rewrites.append(
@@ -53,7 +60,7 @@ def pack(program: Program, context: Context) -> PassResult:
                 "pack",
                 module_of(root),
                 source_of(root),
-                _label(packed.recipe),
+                "laid out by rows" if by_rows else _label(packed.recipe),
                 tuple(n.name for n in members),
                 (packed.name,),
             )
@@ -101,47 +108,44 @@ def _slice_of(root: fx.Node) -> list[fx.Node]:
 
 
 def _is_concatenation(root: fx.Node) -> bool:
-    """Of weights, or of transposed ones; one transposed weight as well."""
-    parts = _parts(root)
-    whole = [p for p in parts if isinstance(p, fx.Node) and p.op == "placeholder"]
-    return len(whole) == len(set(parts)) == len(parts) > 0 or _is_transposed(root)
-
-
-def _parts(root: fx.Node) -> list[Any]:
-    """What is laid one behind the other along dim 0."""
     if root.target is not aten.cat.default or (root.args[1] if len(root.args) > 1 else 0) != 0:
-        return []
+        return False
     parts = root.args[0]
     assert isinstance(parts, list | tuple)
-    return list(parts)
-
-
-def _is_transposed(root: fx.Node) -> bool:
-    """A weight, or several, each of which is nowhere read but transposed and by whole rows then."""
-    parts = _parts(root) or [root]
-    weights = [_transposed_weight(p) for p in parts]
-    return None not in weights and len(set(weights)) == len(parts)
-
-
-def _transposed_weight(node: Any) -> fx.Node | None:
-    if not isinstance(node, fx.Node) or node.target not in TRANSPOSES:
-        return None
-    weight, value = node.args[0], node.meta["val"]
-    assert isinstance(weight, fx.Node)
-    if weight.op != "placeholder" or value.dim() != 2 or weight.meta["val"].stride() != value.stride()[::-1]:
-        return None
-    aligned = value.shape[1] * value.element_size() % ALIGNMENT == 0
-    alone = all(user.target in TRANSPOSES for user in weight.users)
-    return weight if aligned and alone and min(value.shape) > 1 else None
+    return all(isinstance(p, fx.Node) and p.op == "placeholder" for p in parts) and len(set(parts)) == len(parts)
 
 
 def _worth_packing(root: fx.Node, members: list[fx.Node]) -> bool:
-    if _is_concatenation(root):
-        return True
     if all(is_free(n) and role_of(n) is Role.VIEW for n in members):
         return False
+    if _is_concatenation(root):
+        return True
     value = root.meta["val"]
     return value.numel() * value.element_size() <= LARGEST_COPY
+
+
+def _room(context: Context) -> int:
+    """Bytes that copies of weights may take."""
+    device = context.settings.device
+    return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_MEMORY if device.type == "cuda" else 0
+
+
+def _size_by_rows(root: fx.Node, meaning: dict[fx.Node, Input], context: Context) -> int:
+    """Bytes of a weight that is read transposed, if its rows are then such as kernels read in wide loads; else 0."""
+    weight, value = root.args[0] if root.args else None, root.meta["val"]
+    if role_of(root) is not Role.VIEW or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+        return 0
+    before = weight.meta["val"]
+    turned = value.dim() == before.dim() == 2 and value.shape == before.shape[::-1] and min(value.shape) > 1
+    if not turned or value.stride() != before.stride()[::-1] or not value.is_floating_point():
+        return 0
+    if value.is_contiguous() or value.shape[1] * value.element_size() % ALIGNMENT:
+        return 0
+    live = context.settings.weights
+    kind = meaning[weight].kind
+    if live is None or kind not in (InputKind.PARAMETER, InputKind.BUFFER) or live(meaning[weight]).is_inference():
+        return 0  # of an inference tensor nothing says that its values changed
+    return int(value.numel() * value.element_size())
 
 
 def _pack(
@@ -150,6 +154,7 @@ def _pack(
     members: list[fx.Node],
     meaning: dict[fx.Node, Input],
     shared: dict[str, fx.GraphModule],
+    by_rows: bool = False,
 ) -> tuple[fx.Node, Input]:
     """A PACKED input that stands for `root`; equal recipes of several layers share one graph module."""
     graph = program.graph
@@ -168,23 +173,26 @@ def _pack(
         copied = recipe_graph.node_copy(node, copies.__getitem__)
         copied.name = f"step_{len(copies)}"
         copies[node] = copied
-    recipe_graph.output(copies[root])
+    found = copies[root]
+    if by_rows:
+        found = recipe_graph.call_function(aten.clone.default, (found,), {"memory_format": torch.contiguous_format})
+    recipe_graph.output(found)
     key = str(recipe_graph) if len(live) == len(sources) else f"of constants, {root.name}"
     if key not in shared:
         shared[key] = fx.GraphModule(holder, recipe_graph)
-    whole = _is_concatenation(root) and len(live) == len(sources)
     recipe = Recipe(
         shared[key],
         tuple(meaning[s].target for s in live),
-        concatenation=whole,
-        transposed=whole and _is_transposed(root),
+        concatenation=_is_concatenation(root) and len(live) == len(sources),
     )
     last = next(reversed([n for n in graph.nodes if n.op == "placeholder"]), None)
     place = last.next if last is not None else next(iter(graph.nodes))
     with graph.inserting_before(place):
         node = graph.placeholder(f"packed_{root.name}")
     node.meta.update(root.meta)
-    node.meta |= {"weight": True, "val": root.meta["val"].contiguous()}
+    if by_rows:
+        node.meta["val"] = root.meta["val"].contiguous()
+    node.meta["weight"] = True
     packed = Input(node.name, InputKind.PACKED, f"{module_of(root) or 'model'}.{node.name}", recipe=recipe)
     program.inputs.append(packed)
     return node, packed
@@ -192,9 +200,7 @@ def _pack(
 
 def _label(recipe: Recipe | None) -> str:
     assert recipe is not None
-    if recipe.concatenation and len(recipe.sources) > 1:
-        return f"{len(recipe.sources)} weights laid side by side"
-    return "laid out by rows" if recipe.concatenation else "computed from weights"
+    return f"{len(recipe.sources)} weights laid side by side" if recipe.concatenation else "computed from weights"
 
 
 def _drop_unread(program: Program) -> None:

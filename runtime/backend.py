@@ -30,7 +30,7 @@ from .options import Options, make_options
 from .record import Record, SignatureRecord
 from .report import Report
 from .stages import is_rule
-from .weights import alike, compute, lay, packed_shape
+from .weights import compute, lay
 
 log = logging.getLogger("regraft")
 
@@ -209,18 +209,15 @@ class _Compiled:
 
 def _marks(recipe: Recipe, sources: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     """Where the sources lie and, unless they are views of the packed weight, which version of them it was made from."""
-    views = recipe.concatenation and (not recipe.transposed or len(sources) == 1)
-    return tuple((s.data_ptr(), 0 if views or s.is_inference() else s._version) for s in sources)
+    return tuple((s.data_ptr(), 0 if recipe.concatenation or s.is_inference() else s._version) for s in sources)
 
 
 def _pack(recipe: Recipe, sources: Sequence[torch.Tensor], old: torch.Tensor) -> torch.Tensor:
-    if recipe.transposed and len(sources) == 1:
-        return sources[0].detach().t()  # dynamo guards the strides of parameters: they stay as they are
-    if not recipe.concatenation or recipe.transposed or not alike(recipe, sources):
+    alike = len({(s.dtype, s.device, s.shape[1:]) for s in sources}) == 1
+    if not recipe.concatenation or not alike or any(s.is_inference() for s in sources):
         return compute(recipe, sources)
-    if any(s.is_inference() for s in sources):
-        return compute(recipe, sources)
-    first, shape = sources[0], packed_shape(recipe, sources)
+    first = sources[0]
+    shape = (sum(s.shape[0] for s in sources), *first.shape[1:])
     fits = old.shape == shape and old.dtype == first.dtype and old.device == first.device
     value = old if fits else torch.empty(shape, dtype=first.dtype, device=first.device)
     lay(value, sources)

@@ -2,9 +2,8 @@
 
 A weight that is the concatenation of parameters is one buffer held here, and the parameters become views of it:
 nothing is stored twice, names, identity and `state_dict()` stay, and in-place changes are seen without a check. The
-buffer is no registered tensor of the module (that would break `save_pretrained`). A matrix that is only read transposed
-is laid out by the rows that are read, and the parameter becomes a transposed view. Everything else packed is a copy,
-and remembers the versions of its sources. Views go stale after `.to(dtype)`, `.data =` and replaced Parameters:
+buffer is no registered tensor of the module (that would break `save_pretrained`). Everything else packed is a copy, and
+remembers the versions of its sources. Views go stale after `.to(dtype)`, `.data =` and replaced Parameters:
 `Weights.changes` notices.
 """
 
@@ -118,18 +117,13 @@ class Weights:
             if list(map(_dtype, now)) != self._dtypes or list(map(torch.Tensor.numel, now)) != self._sizes:
                 return Change.FORM
             if list(map(torch.Tensor.stride, now)) != self._strides:
-                return Change.VALUES if self._lies_otherwise(now) else Change.FORM
+                return Change.FORM
             if list(map(torch.Tensor.data_ptr, now)) == self._pointers:
                 return Change.NONE if all(map(_fresh, self.packs.values())) else Change.VALUES
         if any(not isinstance(t, torch.Tensor) for t in now):
             return Change.FORM
         form = (list(map(_dtype, now)), list(map(_shape, now)), [t.device for t in now], _ties(now))
         return Change.VALUES if form == (self._dtypes, self._shapes, self._devices, self._ties) else Change.FORM
-
-    def _lies_otherwise(self, now: list[torch.Tensor]) -> bool:
-        """Whether only tensors have other strides whose values are laid into a packed weight."""
-        laid = {id(s) for pack in self.packs.values() if pack.views for s in pack.sources}
-        return all(id(t) in laid or t.stride() == strides for t, strides in zip(now, self._strides, strict=True))
 
     def _modules_changed(self) -> bool:
         try:
@@ -156,7 +150,7 @@ class Weights:
         for key, pack in list(self.packs.items()):
             sources = self._sources(pack.recipe)
             if pack.views:
-                if not in_place(pack.value, sources, pack.recipe.transposed):
+                if not in_place(pack.value, sources):
                     # never into the old buffer: what was replaced or set aside may still be a view of it
                     self.packs[key] = self._concatenate(pack.recipe)
             elif not (_fresh(pack) and all(map(is_, sources, pack.sources))):
@@ -220,13 +214,21 @@ class Weights:
         taken = {id(s) for p in self.packs.values() if p.views for s in p.sources}
         distinct = len({id(s) for s in sources}) == len(sources)
         free = not any(id(s) in taken or s.is_inference() for s in sources)
-        return recipe.concatenation and distinct and free and alike(recipe, sources)
+        alike = len({(s.dtype, s.device, s.shape[1:]) for s in sources}) == 1
+        return recipe.concatenation and distinct and free and alike
 
     def _concatenate(self, recipe: Recipe) -> Pack:
         sources = self._sources(recipe)
-        value = torch.empty(packed_shape(recipe, sources), dtype=sources[0].dtype, device=sources[0].device)
-        lay(value, sources, recipe.transposed)
-        return Pack(recipe, value, True, list(sources))
+        first = sources[0]
+        rows = sum(s.shape[0] for s in sources)
+        value = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+        pack = Pack(recipe, value, views=True)
+        self._lay(pack, sources)
+        return pack
+
+    def _lay(self, pack: Pack, sources: Sequence[torch.Tensor]) -> None:
+        lay(pack.value, sources)
+        pack.sources = list(sources)
 
     def _copy(self, recipe: Recipe) -> Pack:
         sources = self._sources(recipe)
@@ -267,57 +269,38 @@ class Weights:
 def pack_key(recipe: Recipe) -> PackKey:
     """Equal for recipes that compute the same value, whichever program they come from."""
     if recipe.concatenation:
-        return ("concatenation", recipe.transposed, recipe.sources)
+        return ("concatenation", recipe.sources)
     constants = any(n.op == "get_attr" for n in recipe.graph.graph.nodes)
     return (id(recipe) if constants else recipe.graph.code, recipe.sources)
 
 
-def alike(recipe: Recipe, sources: Sequence[torch.Tensor]) -> bool:
-    """Whether they can be laid one behind the other."""
-    wide = slice(1) if recipe.transposed else slice(1, None)
-    return len({(s.dtype, s.device, s.shape[wide]) for s in sources}) == 1
-
-
-def packed_shape(recipe: Recipe, sources: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Of the packed weight of sources that are alike."""
-    shapes = [s.shape[::-1] if recipe.transposed else s.shape for s in sources]
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
 @torch.no_grad()
-def lay(value: torch.Tensor, sources: Sequence[torch.Tensor], transposed: bool = False) -> None:
+def lay(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
     """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
-    places = _places(value, sources, transposed)
-    moved = [(s, place) for s, place in zip(sources, places, strict=True) if not _stands(s, place)]
+    starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
+    places = [(s, value.narrow(0, start, s.shape[0])) for s, start in zip(sources, starts, strict=False)]
+    moved = [(s, rows) for s, rows in places if s.data_ptr() != rows.data_ptr() or not s.is_contiguous()]
     storage = value.untyped_storage().data_ptr()
     inside = {id(s): s.clone() for s, _ in moved if s.untyped_storage().data_ptr() == storage}  # exchanged rows
-    for source, place in moved:
-        place.copy_(inside.get(id(source), source))
-        source.data = place
+    for source, rows in moved:
+        rows.copy_(inside.get(id(source), source))
+        source.data = rows
 
 
-def in_place(value: torch.Tensor, sources: Sequence[torch.Tensor], transposed: bool = False) -> bool:
+def in_place(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
     """Whether the sources are the rows of the buffer, in order."""
-    return all(map(_stands, sources, _places(value, sources, transposed)))
-
-
-def _places(value: torch.Tensor, sources: Sequence[torch.Tensor], transposed: bool) -> list[torch.Tensor]:
-    """Where in the buffer each source belongs, as a view of the source's shape."""
-    sizes = [s.shape[1 if transposed else 0] for s in sources]
-    starts = itertools.accumulate(sizes, initial=0)
-    rows = [value.narrow(0, start, size) for start, size in zip(starts, sizes, strict=False)]
-    return [r.t() for r in rows] if transposed else rows
-
-
-def _stands(source: torch.Tensor, place: torch.Tensor) -> bool:
-    return source.data_ptr() == place.data_ptr() and source.stride() == place.stride()
+    starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
+    return all(
+        s.data_ptr() == value[start:].data_ptr() and s.is_contiguous()
+        for s, start in zip(sources, starts, strict=False)
+    )
 
 
 @torch.no_grad()
 def compute(recipe: Recipe, sources: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packed weight from its sources, sharing no storage with them."""
     if recipe.concatenation:
-        return torch.cat([s.detach().t() if recipe.transposed else s.detach() for s in sources])
+        return torch.cat([s.detach() for s in sources])
     value = recipe.graph(*sources)
     value = value[0] if isinstance(value, (tuple, list)) else value
     shared = {s.untyped_storage().data_ptr() for s in sources}

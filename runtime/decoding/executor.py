@@ -260,8 +260,10 @@ class Executor:
             words.copy_(nothing)
             held = 4 * rows * self.flat.vocab + shape.tokens * self.flat.token_bytes
             self.graphs.announce("prefill, tokens", [shape.tokens], held)
-            if not self._captured("prompts", key, lambda: self._compute(words, rows, shape)):
-                self._graphed = 0
+            what = f"prompts of {shape.tokens} tokens and more"
+            if not self._captured(what, key, lambda: self._compute(words, rows, shape)):
+                self._prefills[place] = 0
+                self._graphed = shape.tokens - 1
                 return None
         return words
 

@@ -82,6 +82,8 @@ def make(builder: Builder) -> FlatProgram | Unserved:
         return Unserved(reason)
     flat.counts_padding = counts_padding(flat, builder)
     flat.unbind()
+    views, copies = builder.weights.packed_bytes()
+    record.memory |= {"packed_views": views, "packed_copies": copies}
     record.generate = {
         "paged": True,
         "layers": len(flat.layers),
