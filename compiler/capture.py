@@ -27,7 +27,7 @@ from .functional import functional
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
 from .module_state import Snapshot, state_of
-from .outputs import Structure, caches, flatten
+from .outputs import Structure, caches, flatten, unknown
 from .positions import bound_lengths
 from .program import Note, Program
 from .quiet import quiet
@@ -129,6 +129,9 @@ def _takes_use_cache(model: nn.Module, forward: Forward) -> bool:
 
 
 def _blueprint(returned: Any, static: dict[str, Any]) -> Blueprint | None:
+    other = unknown(returned)
+    if other is not None:  # said before a trace, which may take its time
+        raise CaptureError("", f"its forward returns a {other}, of which no graph can make another")
     found = caches(returned)
     if not found:
         return None

@@ -74,6 +74,15 @@ def caches(value: Any) -> list[Cache]:
     return []
 
 
+def unknown(value: Any) -> str | None:
+    """The class of the first thing in a returned object that `flatten` would not take, caches apart; or None."""
+    if isinstance(value, dict | tuple | list):
+        items = value.values() if isinstance(value, dict) else value
+        return next((found for item in items if (found := unknown(item)) is not None), None)
+    plain = Tensor | Cache | bool | int | float | str | torch.dtype | torch.device
+    return None if value is None or isinstance(value, plain) else type(value).__name__
+
+
 def _flatten(value: Any, blueprint: Blueprint | None, leaves: list[Any]) -> Any:
     if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         leaves.append(value)

@@ -51,7 +51,7 @@ may go by in vain before signatures that are new are left alone, too."""
 TRIED = 3
 """Signatures that are tried however long that takes."""
 
-PARTS_PATIENCE = 120.0
+PARTS_PATIENCE = 60.0
 """Seconds that graphs of a model's parts may take to make, so far or by the time that each took."""
 
 
@@ -294,8 +294,10 @@ class Dispatch(StandIn):
         for served in self.graphs:
             for name, guard in served.executable.program.limits.tensors.items():
                 tensor = call.tensors.get(name)
-                if tensor is None or not by_tokens(name) or tensor.dim() < 2 or len(guard.shape) != tensor.dim():
+                if tensor is None or tensor.dim() < 2 or len(guard.shape) != tensor.dim():
                     continue
+                if not by_tokens(name) and (tensor.dim() != 3 or not tensor.is_floating_point()):
+                    continue  # neither tokens nor the states of a block
                 fixed = guard.shape[1]
                 if isinstance(fixed, int) and tensor.shape[1] != fixed:
                     found = max(found, served.seconds * tensor.shape[1] / fixed)

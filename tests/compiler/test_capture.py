@@ -325,6 +325,23 @@ def test_a_size_of_one_that_the_code_fixes_stays_one() -> None:
     torch.testing.assert_close(run(program, model, {"x": x}), model(x).detach())
 
 
+class _ReturnsAnObject(nn.Module):
+    """Returns something that no graph can make, after a long time to trace."""
+
+    traced = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.traced += torch.compiler.is_exporting()
+        return {"y": [torch.tanh(x)], "state": object()}
+
+
+def test_what_no_graph_can_return_is_said_before_it_is_traced() -> None:
+    model = _ReturnsAnObject().eval()
+    with pytest.raises(CaptureError, match="its forward returns a object, of which no graph can make another"):
+        capture(model, {"x": torch.randn(2, 3)}, cache=False)
+    assert model.traced == 0
+
+
 class _Beside(nn.Module):
     """Tokens, and of each which of some pictures' tiles it sees."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -30,16 +31,32 @@ class Unrolled(nn.Module):
         return state
 
 
+class UnrolledBlock(Unrolled):
+    """The same over states, as a block of a model gets them."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        state = hidden_states[:, 0]
+        for i in range(int(hidden_states.shape[1])):
+            state = torch.tanh(self.linear(state) + hidden_states[:, i])
+        return state
+
+
+def given(model: nn.Module, length: int) -> torch.Tensor:
+    return torch.randn(2, length, 8) if isinstance(model, UnrolledBlock) else tokens(2, length) % 16
+
+
+@pytest.mark.parametrize("kind", [Unrolled, UnrolledBlock])
 @pytest.mark.parametrize(("seconds", "graphs"), [(1.0, 4), (12.0, 2)])
-def test_lengths_that_need_a_graph_each_share_their_time(seconds: float, graphs: int) -> None:
+def test_lengths_that_need_a_graph_each_share_their_time(kind: type[nn.Module], seconds: float, graphs: int) -> None:
     """A loop of steps, each longer than the one before, must not wait for a graph of each."""
     torch.manual_seed(0)
-    plain = Unrolled().eval()
-    model = optimized(copy.deepcopy(plain), example_inputs={"input_ids": tokens(2, 6) % 16})
+    plain = kind().eval()
+    (name,) = inspect.signature(plain.forward).parameters
+    model = optimized(copy.deepcopy(plain), example_inputs={name: given(plain, 6)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RegraftWarning)
         for length in range(7, 13):
-            ids = tokens(2, length) % 16
+            ids = given(plain, length)
             torch.testing.assert_close(model(ids), plain(ids).detach())
             for served in model.forward.graphs:
                 served.seconds = seconds
