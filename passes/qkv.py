@@ -21,6 +21,21 @@ from .linear import is_weight
 aten = torch.ops.aten
 
 
+def _owner(node: fx.Node) -> str:
+    """The module that a linear belongs to: the one around it, or around what wraps it alone (`q_proj.linear`).
+
+    Wrappers are told by their siblings: `k_proj.linear` has the same name inside another one.
+    """
+    around, _, name = module_of(node).rpartition(".")
+    outer, _, wrapper = around.rpartition(".")
+    same_value = [u for u in arguments(node)["input"].users if u is not node and u.target is aten.linear.default]
+    others = [module_of(u).rpartition(".") for u in same_value]
+    if not wrapper or wrapper.isdigit() or any(parent == around for parent, _, _ in others):
+        return around
+    wrapped = any(leaf == name and parent.rpartition(".")[0] == outer for parent, _, leaf in others)
+    return outer if wrapped else around
+
+
 class QKV(GroupRule):
     """Linears on parameters that read the same value inside one module (an attention block, an expert, an MLP)."""
 
@@ -33,7 +48,7 @@ class QKV(GroupRule):
         weight, x = given["weight"], given["input"]
         if not is_weight(weight) or (given["bias"] is not None and not is_weight(given["bias"])):
             return None
-        return x, module_of(node).rpartition(".")[0], weight.meta["val"].dtype
+        return x, _owner(node), weight.meta["val"].dtype
 
     def check(self, group: Sequence[fx.Node]) -> Reject | None:
         weights = [arguments(n)["weight"] for n in group]
