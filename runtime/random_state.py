@@ -22,5 +22,8 @@ def kept(device: torch.device) -> Iterator[None]:
 def alike(device: torch.device) -> Iterator[None]:
     """As `kept`, and what runs within draws the same numbers each time."""
     with kept(device):
-        torch.manual_seed(SEED)
+        torch.random.default_generator.manual_seed(SEED)
+        if device.type == "cuda":  # torch.manual_seed would seed every device
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(SEED)
         yield

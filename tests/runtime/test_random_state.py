@@ -11,6 +11,7 @@ from runtime_models import tiny_llama, tokens
 from torch import nn
 
 import regraft
+from regraft.runtime.random_state import alike
 
 
 class Noisy(nn.Module):
@@ -54,3 +55,18 @@ def test_optimize_and_generate_draw_nothing() -> None:
     model = regraft.optimize(model, verbose=False)
     model.generate(tokens(), max_new_tokens=2)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_only_the_models_own_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would seed all of them, and one alone is put back."""
+
+    def forbidden(_: int) -> None:
+        raise AssertionError("every device is seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", forbidden)
+    before = torch.random.get_rng_state()
+    with alike(torch.device("cpu")):
+        first = torch.rand(3)
+    with alike(torch.device("cpu")):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.random.get_rng_state(), before)
