@@ -15,7 +15,7 @@ from . import attention as ops
 from . import attention_triton, varlen_attention_triton
 from .attention_gluon_kernel import attention_hopper_kernel
 from .attention_triton import parts
-from .launch import INTERPRETED, compute_capability, empty, launch, on_device, rows_aligned
+from .launch import INTERPRETED, compute_capability, empty, launch, multiprocessors, on_device, rows_aligned
 from .op import Kernel, Signature, TensorSpec
 from .varlen_attention import varlen_attention as varlen_attention_op
 
@@ -44,11 +44,6 @@ def _tiles(d: int, dv: int) -> tuple[int, int, int] | None:
         if shared <= LIMIT and value_width // 2 + keys * 3 // 4 <= 190:
             return keys, stages, slots
     return None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _readable(x: Tensor) -> bool:
@@ -122,7 +117,7 @@ def _run(
     with on_device(q):
         launch(
             attention_hopper_kernel,
-            (min(blocks * rows, _multiprocessors(q.device)),),
+            (min(blocks * rows, multiprocessors(q.device)),),
             *_descriptors(q, k, v, o, tile),
             o,
             q if key_mask is None else key_mask,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,9 +13,9 @@ from . import attention as ops
 from .attention_kernel import attention_kernel, combine_kernel
 from .launch import (
     ALIGNMENT,
-    INTERPRETED,
     empty,
     launch,
+    multiprocessors,
     on_device,
     refuse_mixed,
     refuse_tensors,
@@ -83,14 +82,9 @@ def _plan(
     return features, AttentionMemory(sum(parts(d)), sum(parts(dv)), itemsize, pair_bytes)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def splits_of(programs: int, keys: int, device: torch.device) -> int:
     """Into how many parts the keys are divided so that about two programs come to each multiprocessor."""
-    wanted = 2 * _multiprocessors(device) // max(programs, 1)
+    wanted = 2 * multiprocessors(device) // max(programs, 1)
     return max(1, min(wanted, keys // KEYS_PER_SPLIT, MAX_SPLITS))
 
 

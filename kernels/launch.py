@@ -100,6 +100,12 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has; a few in the interpreter."""
+    return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device the current one for a launch: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

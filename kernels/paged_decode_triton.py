@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_triton import AttentionMemory, _multiprocessors
+from .attention_triton import AttentionMemory
 from .config import Config
 from .counters import counters
-from .launch import empty, launch, library
+from .launch import empty, launch, library, multiprocessors
 from .paged_decode_kernel import decode_kernel
 from .tuning import choose
 
@@ -53,7 +53,7 @@ def splits_of(programs: int, keys: int, least: int, device: torch.device, reside
 
     `resident`: programs that a multiprocessor is to run at a time.
     """
-    wanted = resident * _multiprocessors(device) // max(programs, 1)
+    wanted = resident * multiprocessors(device) // max(programs, 1)
     return max(1, min(wanted, keys // least, MAX_SPLITS))
 
 

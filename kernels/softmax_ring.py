@@ -23,6 +23,7 @@ from .launch import (
     empty,
     launch,
     library,
+    multiprocessors,
     on_device,
     rows_aligned,
 )
@@ -72,11 +73,6 @@ def split(rows: int, size: int, programs: int) -> Split | None:
     return best
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _rows(x: Tensor) -> Tensor | None:
     """x as `[rows, D]`, or `None` where TMA cannot read it so."""
     leading = collapse(x.shape[:-1], [x.stride()[:-1]], 1)
@@ -91,7 +87,7 @@ def softmax(x: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torc
     """As the op `softmax`; the result is contiguous."""
     rows = _rows(x) if x.numel() else None
     size = x.shape[-1] * x.element_size()
-    how = None if rows is None else split(rows.shape[0], size, _multiprocessors(x.device) * RESIDENT)
+    how = None if rows is None else split(rows.shape[0], size, multiprocessors(x.device) * RESIDENT)
     if rows is None or how is None:
         return softmax_triton.softmax(x, compute_dtype, out_dtype)
     y = empty(x.shape, ops.result_dtype(x.dtype, compute_dtype, out_dtype), x.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import linear_act as ops
 from . import linear_act_triton, skinny_triton
 from .counters import counters
-from .launch import empty, launch, library, on_device, rows_aligned
+from .launch import empty, launch, library, multiprocessors, on_device, rows_aligned
 from .linear_act_wgmma import Rope, refuse_operands
 from .op import Kernel, Signature
 from .skinny_triton import MAX_ROWS, block_of_rows
@@ -31,11 +30,6 @@ HEAD: Final = 2 * ROWS
 """Columns of the heads that are turned in the kernel."""
 RING: Final = 216 * 1024
 """Bytes of shared memory for weights and rows of x on their way."""
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _readable(x: Tensor) -> bool:
@@ -69,7 +63,7 @@ def _plan(rows: Tensor, weight: Tensor, tiles: int, parts: int) -> _Plan:
         block_k //= 2
     depth = triton.cdiv(k, block_k)
     steps = tiles * depth
-    programs = min(_multiprocessors(rows.device), steps)
+    programs = min(multiprocessors(rows.device), steps)
     part = empty((programs, 2, parts, block_t, ROWS), torch.float32, rows.device)
     options = {
         "MOST": triton.next_power_of_2(triton.cdiv(depth, steps // programs) + 1),

@@ -80,7 +80,7 @@ def paged(half: torch.dtype, record: Callable[[str, tuning.SharedMemory], None])
 def main(capability: int, limit: int) -> list[dict[str, Any]]:
     driver.set_active(NoDevice(capability))
     tuning.device_limits = lambda device: ("default", limit)
-    attention_triton._multiprocessors = paged_decode_triton._multiprocessors = lambda device: 8
+    attention_triton.multiprocessors = paged_decode_triton.multiprocessors = lambda device: 8
     overlap.compute_capability = lambda device: divmod(capability, 10)
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
@@ -93,7 +93,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
 
     def streamed(half: torch.dtype) -> None:
         """The kernels whose ring takes nearly all the shared memory there is."""
-        stream_gluon._multiprocessors = lambda device: 132
+        stream_gluon.multiprocessors = lambda device: 132
         x, weight = torch.empty(8, 4096, dtype=half), torch.empty(4096, 4096, dtype=half)
         for run in (stream_gluon.linear_act, stream_gluon.gate_up):
             run(x, weight, None, "silu")
@@ -105,7 +105,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         kernel, _ = launched.pop()
         row = {"case": "stream qkv_rope", "shared": kernel.metadata.shared, "copies": False}
         rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
-        softmax_ring._multiprocessors = lambda device: 132
+        softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE
         shared = resident * launched.pop()[0].metadata.shared  # of all that are on a multiprocessor at once

@@ -229,7 +229,7 @@ def test_triton_divides_the_keys_of_few_queries(name: str, dtype: torch.dtype, d
 
 
 def test_as_many_splits_as_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(attention_triton, "multiprocessors", lambda device: 132)
     device = torch.device("cpu")
     assert [attention_triton.splits_of(n, 8192, device) for n in (8, 64, 132, 133, 1000)] == [33, 4, 2, 1, 1]
     assert [attention_triton.splits_of(8, keys, device) for keys in (1, 64, 128, 1000)] == [1, 1, 2, 15]

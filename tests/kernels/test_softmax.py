@@ -99,7 +99,7 @@ def test_rows_that_stay_in_shared_memory(shape: tuple[int, ...], dtype: torch.dt
 
 
 def how(x: torch.Tensor) -> softmax_ring.Split | None:
-    programs = softmax_ring._multiprocessors(x.device) * softmax_ring.RESIDENT
+    programs = softmax_ring.multiprocessors(x.device) * softmax_ring.RESIDENT
     return softmax_ring.split(math.prod(x.shape[:-1]), x.shape[-1] * x.element_size(), programs)
 
 
