@@ -87,18 +87,24 @@ class _Mode(triton.AsyncCompileMode):
         super().__init__(self.held, ignore_errors=True)
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], Any]) -> Any:
-        """From a call of which nothing is launched: have it compiled. From another: the one that is being compiled."""
+        """From a call of which nothing is launched: have it compiled. From another: the one that is being compiled.
+
+        Triton 3.7 takes what is returned into its cache at once, and would fail in each later launch if that failed.
+        """
         if not replay.compiling():
             begun = self.future_kernels.get(key)
             if begun is None or begun.future.cancel():
                 raise _Late
-            return begun
+            try:
+                return begun.result()
+            except Exception as error:
+                raise _Late from error
         other = replay.behind()
         begun = other.future_kernels.get(key) if other is not None else None
         if begun is not None and not begun.future.cancel():  # it is being compiled for somebody else
             self.future_kernels[key] = begun
             self.raw_futures.append(begun.future)
-            return begun
+            return None
 
         def make() -> Any:
             if time.monotonic() > self.until:
@@ -109,7 +115,8 @@ class _Mode(triton.AsyncCompileMode):
                 finalize_fn(kernel)
             return kernel
 
-        return super().submit(key, make, lambda kernel: None)
+        super().submit(key, make, lambda kernel: None)
+        return None
 
     def gather(self, calls: Calls) -> None:
         """Run the calls, and begin with what they need."""
