@@ -21,9 +21,18 @@ def compile_ahead(wanted: Sequence[Wanted], evaluator: Evaluator, device: torch.
         return
     from ..kernels.compiling import ahead  # Triton is there where there are kernels
 
-    for _, args, kwargs in wanted:  # now: later nothing is computed
+    known = [w for w in wanted if _computed(w, evaluator)]  # now: later nothing is computed
+    ahead([lambda kernel=k, a=args, kw=kwargs: _run(kernel, a, kw, evaluator) for k, args, kwargs in known])  # type: ignore[misc]
+
+
+def _computed(wanted: Wanted, evaluator: Evaluator) -> bool:
+    """Compute the arguments; where memory does not reach, the comparison says so."""
+    _, args, kwargs = wanted
+    try:
         fx.node.map_arg((tuple(args), dict(kwargs)), lambda n: evaluator.is_packed(n) or evaluator.value(n))
-    ahead([lambda kernel=k, a=args, kw=kwargs: _run(kernel, a, kw, evaluator) for k, args, kwargs in wanted])  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def _run(kernel: Kernel, args: Sequence[Any], kwargs: Mapping[str, Any], evaluator: Evaluator) -> None:

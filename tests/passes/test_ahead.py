@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from runtime_models import tiny_llama
+from torch import fx
 
 import regraft
 from regraft.kernels import compiling
@@ -74,3 +75,24 @@ def test_a_call_that_fails_keeps_no_other_from_being_compiled() -> None:
 
     compiling.ahead([lambda n=n: call(n) for n in range(3)])  # type: ignore[misc]
     assert done == [0, 1, 2] and not compiling.replay.compiling()
+
+
+def test_arguments_that_do_not_fit_in_memory_are_left_to_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    fits, large = graph.placeholder("fits"), graph.placeholder("large")
+
+    class Small:
+        def is_packed(self, node: fx.Node) -> bool:
+            return False
+
+        def value(self, node: fx.Node) -> torch.Tensor:
+            if node is large:
+                raise torch.OutOfMemoryError("no room")
+            return torch.ones(3)
+
+    ran: list[torch.Tensor] = []
+    kernel = SimpleNamespace(run=ran.append)
+    monkeypatch.setattr(compiling, "ahead", lambda calls: [call() for call in calls])
+    wanted: Any = [(kernel, (node,), {}) for node in (large, fits)]
+    ahead.compile_ahead(wanted, Small(), torch.device("cuda"))  # type: ignore[arg-type]
+    assert [x.tolist() for x in ran] == [[1, 1, 1]]
