@@ -77,6 +77,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             paged_attention_contiguous,
             paged_attention_triton,
             qkv_rope_stream,
+            qkv_rope_strip,
             qkv_rope_triton,
             qkv_rope_wgmma,
             rms_norm_triton,
@@ -85,6 +86,7 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             softmax_ring,
             softmax_triton,
             stream_gluon,
+            strip_gluon,
             varlen_attention_triton,
         )
 
@@ -106,9 +108,11 @@ def _providers() -> Mapping[str, tuple[Kernel, ...]]:
             skinny_triton,
             linear_act_wgmma,
             stream_gluon,
+            strip_gluon,
             qkv_rope_triton,  # the vendor's product first here too
             qkv_rope_wgmma,
             qkv_rope_stream,
+            qkv_rope_strip,
             moe_triton,
             moe_wgmma,
             moe_torch,

@@ -122,7 +122,7 @@ def _by_rows(context: Context) -> bool:
 def _plain_linears() -> tuple[Kernel, ...]:
     """PyTorch's first: without a measurement nothing else computes a plain linear layer."""
     kernels = {k.provider: k for k in PROVIDERS.get("linear_act", ())}
-    return tuple(kernels[p] for p in ("cublas", "skinny", "wgmma", "stream") if p in kernels)
+    return tuple(kernels[p] for p in ("cublas", "skinny", "wgmma", "stream", "strip") if p in kernels)
 
 
 def _choose(

@@ -28,9 +28,11 @@ from regraft.kernels import (
     paged_attention_triton,
     paged_decode_triton,
     qkv_rope_stream,
+    qkv_rope_strip,
     rms_norm_triton,
     softmax_ring,
     stream_gluon,
+    strip_gluon,
     tuning,
 )
 
@@ -105,6 +107,16 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         kernel, _ = launched.pop()
         row = {"case": "stream qkv_rope", "shared": kernel.metadata.shared, "copies": False}
         rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
+        strip_gluon.multiprocessors = lambda device: 132
+        for columns, rotate in ((4096, False), (1024, False), (2048, True)):
+            narrow = weight[:, :columns]
+            if rotate:
+                plain = (24, 4, 128, False, 0.0, 0.0, None, "half", None)
+                qkv_rope_strip.qkv_rope(x[:, :columns], narrow, None, tables, tables, None, None, *plain)
+            else:
+                strip_gluon.gate_up(x[:, :columns], narrow, None, "silu")
+            row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
+            rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
         softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE

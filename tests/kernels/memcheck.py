@@ -136,6 +136,8 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("linear_act", (randn(141, 72), randn(72, 264).t(), None, "silu"), {}),
         ("gate_up", (randn(141, 72), randn(2 * 136, 72), randn(2 * 136), "silu"), {}),
         ("linear_act", (randn(9, 2056), randn(300, 2056), randn(300), "gelu"), {}),  # tiles in parts
+        ("linear_act", (randn(3, 2240), randn(301, 2240), randn(301), "gelu"), {}),  # strips
+        ("gate_up", (randn(16, 960), randn(2 * 1061, 960), None, "silu"), {}),
         ("gate_up", (randn(64, 2056), randn(2 * 300, 2056), None, "silu"), {}),
         (
             "qkv_rope",
@@ -148,6 +150,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         # few rows: a head is a tile; the last 40 columns are none
         ("qkv_rope", (*few(5, 3 * 128 + 40), *few_tables(5), *wide_gains, 1, 1, 128, *normed), {}),
         ("qkv_rope", (*few(33, 3 * 128), *few_tables(33), *(None,) * 2, 1, 1, 128, *plain), {}),
+        ("qkv_rope", (randn(5, 192), randn(3 * 80, 192), None, *few_tables(5, 80), *(None,) * 2, 1, 1, 80, *plain), {}),
         ("norm_gate_up", (*summed(264), randn(2 * 71, 264), randn(2 * 71), "silu"), {}),
         ("norm_gate_up", (*summed(4104), randn(2 * 71, 4104), None, "silu"), {}),
         ("norm_linear_act", (*summed(264), randn(131, 264), None, "gelu"), {}),

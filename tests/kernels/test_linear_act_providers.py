@@ -173,11 +173,14 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (128, 30522, 1024, "wgmma"),
         (64, 50257, 768, "skinny"),
         (1, 2, 768, "skinny"),
-        (1, 4096, 4096, "stream"),  # one row: all of a step's large products stream, or none
-        (8, 128256, 4096, "stream"),
+        (1, 4096, 4096, "strip"),  # one row: all of a step's large products stream, or none
+        (1, 4096, 14336, "stream"),
+        (8, 128256, 4096, "strip"),
+        (8, 4096, 14336, "stream"),
         (16, 4096, 4096, "stream"),
         (16, 128256, 4096, "skinny"),
-        (16, 1024, 3072, "skinny"),
+        (16, 1024, 3072, "strip"),
+        (16, 2048, 8192, "skinny"),
         (512, 77, 4096, "cublas"),  # too few tiles
         (4096, 768, 768, "cublas"),
     ],

@@ -1,0 +1,188 @@
+"""Linear layers of up to 16 rows on Hopper at the speed of the memory: launches `strip_kernel`.
+
+Calls that the kernel cannot read, or that have other sizes, are left to `stream_gluon`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import linear_act as ops
+from . import linear_act_triton, stream_gluon
+from .launch import empty, launch, multiprocessors, on_device
+from .linear_act_wgmma import refuse_operands
+from .op import Kernel, Signature
+from .strip_kernel import strip_heads_kernel, strip_kernel
+
+WARPS: Final = 8
+GROUP: Final = 64 * WARPS
+"""Columns that the warps of a program multiply at once."""
+STRIP: Final = 8
+"""Rows of the weight in a strip."""
+RING: Final = 208 * 1024
+"""Bytes of shared memory for weights on their way; the sums of the warps lie beside it."""
+STAGE: Final = 64 * 1024
+"""Bytes of a stage: a strip, or as many short ones as fit, up to four."""
+MAX_ROWS: Final = 16
+MAX_COLUMNS: Final = 4096
+"""Columns of x that fit in the registers of a program."""
+
+
+def _copied(groups: int) -> int:
+    """Groups of columns in a copy: a power of two, of which few are copied for nothing behind the last."""
+    return next(size for size in (8, 4, 2, 1) if triton.cdiv(groups, size) * size - groups <= groups / 5)
+
+
+def fits(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can multiply x `[M, K]` by the weight: see `refuse`, and rows that TMA can read."""
+    return stream_gluon.readable(rows, weight) and _refuse_sizes(rows.shape[0], rows.shape[1]) is None
+
+
+def _refuse_sizes(m: int, k: int) -> str | None:
+    if m > MAX_ROWS:
+        return f"x has {m} rows; this kernel is for {MAX_ROWS} at most"
+    if k % 64:
+        return f"x has {k} columns, which 64 does not divide"
+    return f"x has {k} columns; this kernel takes {MAX_COLUMNS} at most" if k > MAX_COLUMNS else None
+
+
+def _plan(rows: Tensor, weight: Tensor, parts: int, most: int) -> tuple[TensorDescriptor, dict[str, Any]]:
+    """The weight as TMA reads it, and what is decided when the kernel is compiled.
+
+    `parts`: 2 where two strips are finished together; `most`: strips in a stage.
+    """
+    n, k = weight.shape
+    groups = triton.cdiv(k, GROUP)
+    copied = _copied(groups)
+    strip = triton.cdiv(groups, copied) * copied * GROUP * STRIP * weight.element_size()
+    each = 1
+    while 2 * each <= most and 2 * each * strip <= STAGE:
+        each *= 2
+    tall = max(1, each // parts)
+    step = weight.stride(0) if n > 1 else k
+    layout = gl.NVMMASharedLayout(128, 16, 3)
+    block = [WARPS * copied, STRIP * tall, 64]
+    descriptor = TensorDescriptor(weight, [k // 64, n, 64], [64, step, 1], block, layout)
+    options = {
+        "HIGH": rows.shape[0] > 8,
+        "EVEN": k % GROUP == 0,
+        "GROUPS": groups,
+        "STAGES": RING // (each * strip),
+        "EACH": each,
+        "BLOCK": max(each, 2 * parts),
+        "num_warps": WARPS,
+        "launch_pdl": True,
+    }
+    return descriptor, options
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not fits(rows, weight):
+        return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
+    n = weight.shape[0] // 2 if gated else weight.shape[0]
+    y = empty((*x.shape[:-1], n), x.dtype, x.device)
+    descriptor, options = _plan(rows, weight, 2 if gated else 1, 4)
+    strips = triton.cdiv(n, STRIP)
+    with on_device(x):
+        launch(
+            strip_kernel,
+            (min(multiprocessors(x.device), strips),),
+            descriptor,
+            rows,
+            x if bias is None else bias,
+            y,
+            rows.shape[0],
+            n,
+            rows.shape[1] // 8,
+            rows.stride(0) // 8,
+            0 if bias is None else bias.stride(0),
+            strips,
+            HAS_BIAS=bias is not None,
+            KIND=kind,
+            GATED=gated,
+            **options,
+        )
+    return y
+
+
+def linear_rope(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    tables: tuple[Tensor, Tensor],
+    strides: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    product: Any,
+) -> None:
+    """y `[..., N]` = rows `[M, K]` @ weight.T + bias, of whose heads of two halves the first are rotated.
+
+    `tables`: cos and sin, contiguous in their last dimension; `strides`: of both, by sequence and position; `sizes`:
+    rows of a sequence, heads that are rotated, columns of a half, which 8 divides. Both `fit`, and N is heads alone.
+    """
+    descriptor, options = _plan(rows, weight, 2, 2)
+    strips = weight.shape[0] // (2 * STRIP)
+    length, heads, half = sizes
+    with on_device(rows):
+        launch(
+            strip_heads_kernel,
+            (min(multiprocessors(rows.device), strips),),
+            descriptor,
+            rows,
+            rows if bias is None else bias,
+            y,
+            rows.shape[0],
+            weight.shape[0],
+            rows.shape[1] // 8,
+            rows.stride(0) // 8,
+            0 if bias is None else bias.stride(0),
+            strips,
+            *tables,
+            length,
+            *strides,
+            heads,
+            half,
+            HAS_BIAS=bias is not None,
+            PRODUCT=product,
+            enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
+            **options,
+        )
+
+
+def refuse(signature: Signature) -> str | None:
+    """Why x has too many rows or columns for this kernel, or `None`."""
+    shape = signature["x"].shape
+    rows = 1
+    for size in shape[:-1]:
+        rows *= 1 if size is None else size
+    return None if not shape or shape[-1] is None else _refuse_sizes(rows, shape[-1])
+
+
+def _supports(signature: Signature) -> str | None:
+    return linear_act_triton.refuse_linear(signature) or refuse_operands(signature) or refuse(signature)
+
+
+def _supports_gate_up(signature: Signature) -> str | None:
+    return linear_act_triton.refuse_gate_up(signature) or refuse_operands(signature) or refuse(signature)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """As the op `linear_act`."""
+    return _run(x, weight, bias, kind, gated=False)
+
+
+def gate_up(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """As the op `gate_up`."""
+    return _run(x, weight, bias, kind, gated=True)
+
+
+KERNELS: Final = (
+    Kernel(ops.linear_act, "strip", linear_act, _supports, early=("weight",)),
+    Kernel(ops.gate_up, "strip", gate_up, _supports_gate_up, early=("weight",)),
+)

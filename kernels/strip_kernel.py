@@ -1,0 +1,296 @@
+# mypy: disallow-untyped-defs=False, disable-error-code=assignment
+"""Matrix products of 1 to 16 rows of x for Hopper, in Gluon: strips of the weight stream through shared memory.
+
+Eight rows of the weight with all their columns are a strip; strips are dealt out to as many programs as there are
+multiprocessors, so that no sum is shared between programs and none has to wait for another at its end. TMA brings them
+into a ring, which is filled before a program waits for the kernel that computes x, as in `stream_kernel`. The warps of
+a program share the columns: each keeps its columns of x in registers from the first strip to the last, as operand of
+`mma.m16n8k16`, and reads its columns of a strip as the other operand, 16 bytes a thread. These are columns in another
+order than the instruction counts them in, of x and of the weight alike; a sum over columns does not mind.
+
+Gate and up, or the two halves of a head that is rotated, are two strips that are finished together.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .activation_triton import activate
+from .gluon_barrier import thread_barrier
+
+
+@gluon.constexpr_function
+def _multiply(dtype, high):
+    """PTX: sums $0 to $3 of a thread's 8 columns: of the weight in $4 to $7, of x in $8 to $11 and, `high`, $12 to $15.
+
+    The last four operands are the sums so far.
+    """
+    kind = "bf16" if dtype == gl.bfloat16 else "f16"
+    op = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    rows = [f"${i}" for i in range(12, 16)] if high else ["z"] * 4
+    before = ", ".join(f"${i}" for i in range(16 if high else 12, 20 if high else 16))
+    return (
+        "{ .reg .b32 z; .reg .f32 a, b, c, d; mov.b32 z, 0;"
+        f"{op} {{a, b, c, d}}, {{$8, {rows[0]}, $9, {rows[1]}}}, {{$4, $5}}, {{{before}}};"
+        f"{op} {{$0, $1, $2, $3}}, {{$10, {rows[2]}, $11, {rows[3]}}}, {{$6, $7}}, {{a, b, c, d}}; }}"
+    )
+
+
+@gluon.constexpr_function
+def _constraints(high):
+    return ",".join(["=f"] * 4 + ["r"] * (12 if high else 8) + ["f"] * 4)
+
+
+@gluon.constexpr_function
+def _layout(warps):
+    """Of int32 `[warps, 8 rows, 32]`: 16 bytes a lane, four lanes a row; of eight lanes that read shared memory at once
+    four have a row and four the fourth row behind it, whose swizzled places are in other banks."""
+    bits = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 0, 4], [0, 0, 8], [0, 4, 0], [0, 1, 0], [0, 2, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 0, 16]], lanes, bits, [], [warps, 8, 32])
+
+
+@gluon.constexpr_function
+def _sums(warps):
+    """The layout of what is left of `_layout` when a thread has added up its columns: `[warps, 8, 4, 4]`."""
+    bits = [[1 << i, 0, 0, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 4, 0, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 0, 1], [0, 0, 0, 2]], lanes, bits, [], [warps, 8, 4, 4])
+
+
+@gluon.jit
+def _row(strip, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr):
+    """The first row of a strip: of gate and up in turn, or of both halves of a head in turn."""
+    if ROPE:
+        pair = strip // 2
+        row = pair // (half // 8) * (2 * half) + pair % (half // 8) * 8 + strip % 2 * half
+    elif PARTS == 2:
+        row = strip // 2 * 8 + strip % 2 * N
+    else:
+        row = strip * 8
+    return row
+
+
+@gluon.jit
+def _copy(w_desc, bufs, full, stage, strip, last, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr,
+          STAGES: gl.constexpr, EACH: gl.constexpr):  # fmt: skip
+    """Asks for EACH strips into a stage, if there are so many. `bufs`: for each stage the copies of each part."""
+    IN: gl.constexpr = PARTS if EACH > 1 else 1
+    COPIES: gl.constexpr = bufs.shape[0] // (STAGES * IN)
+    BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
+    wanted = strip < last
+    bar = full.index(stage)
+    mbarrier.expect(bar, IN * COPIES * w_desc.block_type.nbytes, pred=wanted)
+    for part in gl.static_range(IN):
+        row = _row(strip + part, half, N, PARTS, ROPE)
+        for i in gl.static_range(COPIES):
+            buf = bufs.index((stage * IN + part) * COPIES + i)
+            tma.async_copy_global_to_shared(w_desc, [i * BLOCKS, row, 0], bar, buf, pred=wanted)
+
+
+@gluon.jit
+def _rows_of_x(x_ptr, row, k, M, K, stride, EVEN: gl.constexpr, COUNT: gl.constexpr, SPAN: gl.constexpr):
+    """A thread's columns of one row of x, in all groups.
+
+    Only what may lie behind the last column is masked: a masked load is one that others wait for.
+    """
+    ptrs = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + gl.minimum(row, M - 1) * (stride * 4) + k
+    found = ()
+    for group in gl.static_range(COUNT):
+        if EVEN or group < COUNT - 1:
+            part = gl.load(ptrs + group * SPAN)
+        else:
+            part = gl.load(ptrs + group * SPAN, mask=k + group * SPAN < K * 4, other=0)
+        found = found + (part,)  # noqa: RUF005 - no stars in Triton
+    return found
+
+
+@gluon.jit
+def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, KIND: gl.constexpr, HIGH: gl.constexpr):
+    """A warp's sums of products of a strip `[warps, 8, 32]`, in two chains, since each product waits for one before.
+
+    The strip's columns begin in the buffer `first`, its rows with the `place`-th eight.
+    """
+    ASM: gl.constexpr = _multiply(KIND, HIGH)
+    CONSTRAINTS: gl.constexpr = _constraints(HIGH)
+    WARPS: gl.constexpr = gl.num_warps()
+    EACH: gl.constexpr = words.shape[1] // WARPS  # groups of a copy
+    acc = gl.zeros((WARPS, 8, 32), gl.float32, layout)
+    other = acc
+    for group in gl.static_range(len(x)):
+        columns = words.index(first + group // EACH).slice(group % EACH * WARPS, WARPS, 0)
+        w = columns.slice(place * 8, 8, 1).load(layout)
+        if HIGH:
+            new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], high[group], acc], gl.float32, True, 4)
+        else:
+            new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], acc], gl.float32, True, 4)
+        acc = other
+        other = new
+    return gl.sum(gl.reshape(acc + other, [WARPS, 8, 2, 4, 4]), 2)
+
+
+@gluon.jit
+def _together(sums, PARTS: gl.constexpr):
+    """Sums `[warps, 8, 4, 4]` of the strips of a block, added up over warps: `[strips, 8, 4, 4]` as a vector.
+
+    With PARTS two vectors, of every other strip.
+    """
+    COUNT: gl.constexpr = len(sums)
+    WARPS: gl.constexpr = gl.num_warps()
+    if COUNT == 1:
+        one = gl.permute(sums[0], (1, 2, 3, 0))
+    elif COUNT == 2:
+        one = gl.permute(gl.join(sums[0], sums[1]), (1, 2, 3, 4, 0))
+    else:
+        one = gl.permute(gl.join(gl.join(sums[0], sums[2]), gl.join(sums[1], sums[3])), (1, 2, 3, 4, 5, 0))
+    EACH: gl.constexpr = COUNT * 4 // WARPS if COUNT * 4 > WARPS * PARTS else PARTS
+    layout: gl.constexpr = gl.BlockedLayout([EACH, WARPS], [32, 1], [WARPS, 1], [1, 0])
+    found = gl.sum(gl.convert_layout(gl.reshape(one, [128 * COUNT, WARPS]), layout), 1)
+    partner = found
+    if PARTS == 2:
+        found, partner = gl.split(gl.reshape(found, [64 * COUNT, 2]))
+    return found, partner
+
+
+@gluon.jit
+def _turned(x1, x2, t, r, used, length, rope, half, PRODUCT: gl.constexpr):
+    """Both halves of heads rotated: of rows t of x, columns r of the first half."""
+    cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s = rope
+    cos_ptr += t // length * cos_b + t % length * cos_s + r
+    sin_ptr += t // length * sin_b + t % length * sin_s + r
+    cos1 = gl.load(cos_ptr, mask=used, other=0.0).to(gl.float32)
+    cos2 = gl.load(cos_ptr + half, mask=used, other=0.0).to(gl.float32)
+    sin1 = gl.load(sin_ptr, mask=used, other=0.0).to(gl.float32)
+    sin2 = gl.load(sin_ptr + half, mask=used, other=0.0).to(gl.float32)
+    # each product is rounded before the sum, as x * cos + rotated(x) * sin does
+    y1 = (x1 * cos1).to(PRODUCT).to(gl.float32) - (x2 * sin1).to(PRODUCT).to(gl.float32)
+    y2 = (x2 * cos2).to(PRODUCT).to(gl.float32) + (x1 * sin2).to(PRODUCT).to(gl.float32)
+    return y1.to(PRODUCT).to(gl.float32), y2.to(PRODUCT).to(gl.float32)
+
+
+@gluon.jit
+def _strips(
+    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr,
+    EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    gdc_launch_dependents()
+    dtype: gl.constexpr = w_desc.dtype
+    ROPE: gl.constexpr = PRODUCT is not None
+    PARTS: gl.constexpr = 2 if GATED or ROPE else 1
+    WARPS: gl.constexpr = gl.num_warps()
+    BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    COPIES: gl.constexpr = (GROUPS * WARPS + BLOCKS - 1) // BLOCKS
+    IN: gl.constexpr = PARTS if EACH > 1 else 1  # parts of a stage
+    BUFFERS: gl.constexpr = STAGES * IN * COPIES
+    bufs = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCKS, ROWS, 64], w_desc.layout)
+    words = bufs._reinterpret(gl.int32, [BUFFERS, BLOCKS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 3))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    thread_barrier()
+    first = gl.program_id(0) * strips // gl.num_programs(0) * PARTS
+    last = (gl.program_id(0) + 1) * strips // gl.num_programs(0) * PARTS
+    for i in gl.static_range(STAGES):
+        _copy(w_desc, bufs, full, i, first + i * EACH, last, half, N, PARTS, ROPE, STAGES, EACH)
+    layout: gl.constexpr = _layout(WARPS)
+    warp = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
+    row = gl.expand_dims(gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0), 2)
+    k = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
+    k = warp * 32 + k
+    gdc_wait()
+    x = _rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
+    high = x
+    if HIGH:
+        high = _rows_of_x(x_ptr, row + 8, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
+    ahead = first + STAGES * EACH
+    stage = 0
+    phase = 0
+    for block in range(first, last, BLOCK):
+        sums = ()
+        for i in gl.static_range(BLOCK // EACH):
+            if EACH == 1:
+                acc = gl.zeros((WARPS, 8, 4, 4), gl.float32, _sums(WARPS))
+                if block + i < last:
+                    mbarrier.wait(full.index(stage), phase)
+                    acc = gl.convert_layout(
+                        _products(words, stage * COPIES, 0, x, high, layout, dtype, HIGH), _sums(WARPS), True
+                    )  # fmt: skip
+                    _copy(w_desc, bufs, full, stage, ahead, last, half, N, PARTS, ROPE, STAGES, EACH)
+                    ahead += EACH
+                    stage += 1
+                    if stage == STAGES:
+                        stage = 0
+                        phase ^= 1
+                sums = sums + (acc,)  # noqa: RUF005
+            else:
+                mbarrier.wait(full.index(stage), phase, pred=block + i * EACH < last)
+                for j in gl.static_range(EACH):
+                    buf = (stage * IN + j % IN) * COPIES
+                    acc = _products(words, buf, j // IN, x, high, layout, dtype, HIGH)
+                    sums = sums + (acc,)  # noqa: RUF005
+                _copy(w_desc, bufs, full, stage, ahead, last, half, N, PARTS, ROPE, STAGES, EACH)
+                ahead += EACH
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+        acc, up = _together(sums, PARTS)
+        COUNT: gl.constexpr = BLOCK // PARTS  # of strips, gated: of pairs
+        at = gl.arange(0, 128 * COUNT, acc.type.layout)
+        mine = block + at % COUNT * PARTS
+        at = at // COUNT
+        t = at // 16 + at // 2 % 2 * 8  # how the instruction lays its sums out over threads
+        n = _row(mine, half, N, PARTS, ROPE) + at // 4 % 4 + at % 2 * 4
+        used = (mine < last) & (n < N) & (t < M)
+        other = half if ROPE else N
+        if HAS_BIAS:
+            acc += gl.load(b_ptr + n * stride_b, mask=used, other=0.0).to(gl.float32)
+            if PARTS == 2:
+                up += gl.load(b_ptr + (n + other) * stride_b, mask=used, other=0.0).to(gl.float32)
+        y_ptrs = y_ptr + t * N + n
+        if ROPE:
+            y1 = acc.to(dtype).to(gl.float32)
+            y2 = up.to(dtype).to(gl.float32)
+            turned = n // (2 * half) < heads
+            one, two = _turned(y1, y2, t, n % (2 * half), used & turned, length, rope, half, PRODUCT)
+            gl.store(y_ptrs, gl.where(turned, one, y1).to(dtype), mask=used)
+            gl.store(y_ptrs + half, gl.where(turned, two, y2).to(dtype), mask=used)
+        else:
+            y = activate(acc, KIND)
+            if GATED:
+                y *= up
+            gl.store(y_ptrs, y.to(dtype), mask=used)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_b", "strips"])
+def strip_kernel(
+    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, HIGH: gl.constexpr, EVEN: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """K and stride_x in units of 16 bytes. HIGH: more than 8 rows of x. GROUPS: of 64 columns for each warp. A stage of
+    the ring holds EACH strips, and BLOCK are finished at once. `strips`: gated those of gate."""
+    _strips(
+        w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED, None,
+        HIGH, EVEN, GROUPS, STAGES, EACH, BLOCK,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_b", "strips", "length", "heads", "half"])
+def strip_heads_kernel(
+    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
+    cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads, half,
+    HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """As `strip_kernel` without an activation; of heads of two halves the first `heads` are rotated, in PRODUCT."""
+    rope = (cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s)
+    _strips(
+        w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
+        "identity", False, PRODUCT, HIGH, EVEN, GROUPS, STAGES, EACH, BLOCK,
+    )  # fmt: skip

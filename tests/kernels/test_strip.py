@@ -1,0 +1,157 @@
+"""Strips of a weight multiplied by up to 16 rows: as good as PyTorch over sizes, epilogues and rotations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import as_tuple, assert_close, layout, oracle
+
+from regraft.kernels import choice, qkv_rope_strip, strip_gluon
+from regraft.kernels.linear_act import gate_up, linear_act
+from regraft.kernels.op import Op, TensorSpec
+from regraft.kernels.qkv_rope import qkv_rope
+
+KERNELS = {kernel.op.name: kernel for kernel in (*strip_gluon.KERNELS, *qkv_rope_strip.KERNELS)}
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def check(op: Op, *args: object) -> None:
+    kernel = KERNELS[op.name]
+    assert kernel.supports(op.signature(*args)) is None
+    actual, reference = kernel.run(*args), op.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
+    assert layout(actual) == layout(reference)
+    assert torch.equal(actual, kernel.run(*args))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize(
+    ("columns", "depth"),
+    [
+        (1, 64),  # less than a strip
+        (77, 192),
+        (1000, 512),
+        (8 * 132 * 3 + 3, 960),  # four strips in a stage, and programs with three of them
+        (2120, 1024),
+        (4100, 1536),
+        (1500, 2048),  # two strips in a stage
+        (3000, 2304),  # columns behind the last
+        (6400, 3584),
+        (9000, 4096),
+    ],
+)
+def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
+    x, weight, bias = normal(rows, depth), normal(2 * columns, depth) / depth**0.5, normal(2 * columns)
+    check(linear_act, x, weight, bias, "gelu")
+    check(linear_act, x, weight[:columns], None, "identity")
+    check(gate_up, x, weight, bias, "silu")
+    check(gate_up, x, weight, None, "gelu_tanh")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 6, 16])
+def test_views_and_fp16(rows: int) -> None:
+    half = torch.float16
+    x, weight, bias = normal(rows, 320, dtype=half), normal(200, 320, dtype=half) / 18, normal(200, dtype=half)
+    wide = normal(rows, 3, 648, dtype=half)
+    check(linear_act, x.view(1, rows, 320), weight, bias[:, None].expand(200, 2)[:, 0], "relu")
+    check(gate_up, x, weight[::2], None, "silu")
+    check(gate_up, wide[:, 0, 8:328], weight, bias, "gelu_tanh")
+    # left to the kernels beside it: rows that no 16 bytes divide, rows that overlap, a weight by columns
+    check(linear_act, wide[:, 0, 7:327], weight, None, "silu")
+    check(linear_act, x[:1].expand(rows, 320), weight, None, "silu")
+    check(linear_act, x, weight.t().contiguous().t(), bias, "tanh")
+    check(linear_act, x[0], weight, bias, "mish")
+    assert KERNELS["linear_act"].run(x[:0], weight, bias, "tanh").shape == (0, 200)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (16, 1)])
+@pytest.mark.parametrize(("head", "depth"), [(64, 2048), (128, 4096), (80, 320), (48, 1024), (128, 3584)])
+def test_heads_are_rotated(rows: tuple[int, int], head: int, depth: int) -> None:
+    x, weight, bias = normal(*rows, depth), normal(19 * head, depth) / depth**0.5, normal(19 * head)
+    angle = torch.rand(*rows, head // 2, device="cuda") * 6
+    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angle.cos(), angle.sin()))
+    gain = normal(head)
+    plain = (False, 0.0, 0.0, None, "half", None)
+    check(qkv_rope, x, weight, None, cos, sin, None, None, 11, 3, head, *plain)
+    check(qkv_rope, x, weight, bias, cos[:1], sin[:1], None, None, 11, 3, head, *plain)
+    check(qkv_rope, x, weight, bias, cos[:1, :1].float(), sin[:1, :1].float(), None, None, 16, 2, head, *plain)
+    # turned behind the product
+    check(qkv_rope, x, weight, None, cos, sin, gain, gain, 11, 3, head, True, 1e-6, 0.0, torch.bfloat16, "half", None)
+    check(qkv_rope, x, weight, bias, cos, sin, None, None, 11, 3, head, False, 0.0, 0.0, None, "interleaved", None)
+    check(qkv_rope, x, weight[: 18 * head + 8], None, cos, sin, None, None, 11, 3, head, *plain)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream() -> None:
+    """Two graphs of dependent products and a stream without one, all at once, give what each gives alone."""
+    run = choice.bind(linear_act, [KERNELS["linear_act"]])
+    weights = [normal(2048, 2048) / 45 for _ in range(4)]
+    inputs = [normal(8, 2048) for _ in range(3)]
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights * 8:
+            x = run(x, weight, None, "identity")
+        return x
+
+    alone = [chain(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs, results = [], []
+    for x in inputs[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(chain(x))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = chain(inputs[2])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip([*results, eager], alone, strict=True))
+
+
+@pytest.mark.parametrize("groups", range(1, 9))
+def test_what_is_copied_covers_the_columns(groups: int) -> None:
+    size = strip_gluon._copied(groups)
+    copies = -(-groups // size)
+    assert groups <= copies * size <= 1.2 * groups
+    strip = copies * size * strip_gluon.GROUP * strip_gluon.STRIP * 2
+    assert strip <= strip_gluon.STAGE and strip_gluon.RING // strip_gluon.STAGE >= 3
+
+
+def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spec(*shape: int | None, dtype: torch.dtype = torch.bfloat16) -> TensorSpec:
+        return TensorSpec(shape, dtype, torch.device("cuda"))
+
+    for module in ("launch", "linear_act_wgmma"):
+        monkeypatch.setattr(f"regraft.kernels.{module}.compute_capability", lambda device: (9, 0))
+        monkeypatch.setattr(f"regraft.kernels.{module}.INTERPRETED", False)
+
+    def reason(x: TensorSpec, weight: TensorSpec, name: str = "linear_act") -> str | None:
+        return KERNELS[name].supports({"x": x, "weight": weight, "bias": None, "kind": "silu"})
+
+    assert reason(spec(16, 4096), spec(32, 4096)) is None
+    assert reason(spec(1, None, 64), spec(32, 64)) is None  # more rows are left to other kernels
+    assert "17 rows" in (reason(spec(17, 64), spec(32, 64)) or "")
+    assert "64 does not divide" in (reason(spec(8, 96), spec(32, 96)) or "")
+    assert "4096 at most" in (reason(spec(8, 4160), spec(32, 4160)) or "")
+    assert "16 bits" in (reason(spec(8, 64, dtype=torch.float32), spec(32, 64, dtype=torch.float32)) or "")
+    assert "odd" in (reason(spec(8, 64), spec(33, 64), "gate_up") or "")
+    monkeypatch.setattr("regraft.kernels.linear_act_wgmma.compute_capability", lambda device: (8, 0))
+    assert "Hopper" in (reason(spec(8, 64), spec(32, 64)) or "")
