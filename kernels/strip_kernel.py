@@ -46,19 +46,18 @@ def _constraints(high):
 
 @gluon.constexpr_function
 def _layout(warps):
-    """Of int32 `[warps, 8 rows, 32]`: 16 bytes a lane, four lanes a row; of eight lanes that read shared memory at once
-    four have a row and four the fourth row behind it, whose swizzled places are in other banks."""
-    bits = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    lanes = [[0, 0, 4], [0, 0, 8], [0, 4, 0], [0, 1, 0], [0, 2, 0]]
-    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 0, 16]], lanes, bits, [], [warps, 8, 32])
+    """Of int32 `[warps, 8 rows, 32]`: 32 bytes a lane, four lanes a row.
+
+    Two loads of 16 bytes: each touches all of a row's 128 bytes, so that x costs one request to the L2 a row, and of
+    eight lanes that read shared memory at once the swizzled places are in different banks.
+    """
+    return gl.BlockedLayout([1, 1, 8], [1, 8, 4], [warps, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def _sums(warps):
     """The layout of what is left of `_layout` when a thread has added up its columns: `[warps, 8, 4, 4]`."""
-    bits = [[1 << i, 0, 0, 0] for i in range(warps.bit_length() - 1)]
-    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 4, 0, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
-    return gl.DistributedLinearLayout([[0, 0, 0, 1], [0, 0, 0, 2]], lanes, bits, [], [warps, 8, 4, 4])
+    return gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [warps, 1, 1, 1], [3, 2, 1, 0])
 
 
 @gluon.jit
@@ -129,7 +128,7 @@ def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, 
             new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], acc], gl.float32, True, 4)
         acc = other
         other = new
-    return gl.sum(gl.reshape(acc + other, [WARPS, 8, 2, 4, 4]), 2)
+    return gl.sum(gl.reshape(acc + other, [WARPS, 8, 4, 2, 4]), 3)
 
 
 @gluon.jit
@@ -245,7 +244,7 @@ def _strips(
         mine = block + at % COUNT * PARTS
         at = at // COUNT
         t = at // 16 + at // 2 % 2 * 8  # how the instruction lays its sums out over threads
-        n = _row(mine, half, N, PARTS, ROPE) + at // 4 % 4 + at % 2 * 4
+        n = _row(mine, half, N, PARTS, ROPE) + at // 4 % 4 * 2 + at % 2
         used = (mine < last) & (n < N) & (t < M)
         other = half if ROPE else N
         if HAS_BIAS:
