@@ -29,6 +29,8 @@ RING: Final = 208 * 1024
 STAGE: Final = 64 * 1024
 """Bytes of a stage: a strip, or as many short ones as fit, up to four."""
 MAX_ROWS: Final = 16
+COPIED_ROWS: Final = 5
+"""Of x, from which on a stage of the ring first brings them: fewer arrive sooner by loads of the threads."""
 MAX_COLUMNS: Final = 4096
 """Columns of x that fit in the registers of a program."""
 
@@ -51,12 +53,21 @@ def _refuse_sizes(m: int, k: int) -> str | None:
     return f"x has {k} columns; this kernel takes {MAX_COLUMNS} at most" if k > MAX_COLUMNS else None
 
 
-def _plan(rows: Tensor, weight: Tensor, parts: int, most: int) -> tuple[TensorDescriptor, dict[str, Any]]:
-    """The weight as TMA reads it, and what is decided when the kernel is compiled.
+def _blocks(x: Tensor, columns: int, rows: int) -> TensorDescriptor:
+    """x `[rows, K]` as `[K / 64, rows, 64]`, in blocks of `columns` times 64 and `rows`."""
+    n, k = x.shape
+    layout = gl.NVMMASharedLayout(128, 16, 3)
+    return TensorDescriptor(x, [k // 64, n, 64], [64, x.stride(0) if n > 1 else k, 1], [columns, rows, 64], layout)
+
+
+def _plan(
+    rows: Tensor, weight: Tensor, parts: int, most: int
+) -> tuple[tuple[TensorDescriptor, TensorDescriptor], dict[str, Any]]:
+    """Weight and x as TMA reads them, and what is decided when the kernel is compiled.
 
     `parts`: 2 where two strips are finished together; `most`: strips in a stage.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     groups = triton.cdiv(k, GROUP)
     copied = _copied(groups)
     strip = triton.cdiv(groups, copied) * copied * GROUP * STRIP * weight.element_size()
@@ -64,12 +75,10 @@ def _plan(rows: Tensor, weight: Tensor, parts: int, most: int) -> tuple[TensorDe
     while 2 * each <= most and 2 * each * strip <= STAGE:
         each *= 2
     tall = max(1, each // parts)
-    step = weight.stride(0) if n > 1 else k
-    layout = gl.NVMMASharedLayout(128, 16, 3)
-    block = [WARPS * copied, STRIP * tall, 64]
-    descriptor = TensorDescriptor(weight, [k // 64, n, 64], [64, step, 1], block, layout)
+    descriptors = _blocks(weight, WARPS * copied, STRIP * tall), _blocks(rows, WARPS * copied, STRIP)
     options = {
         "HIGH": rows.shape[0] > 8,
+        "COPY_X": each == 1 and rows.shape[0] >= COPIED_ROWS,
         "EVEN": k % GROUP == 0,
         "GROUPS": groups,
         "STAGES": RING // (each * strip),
@@ -78,7 +87,7 @@ def _plan(rows: Tensor, weight: Tensor, parts: int, most: int) -> tuple[TensorDe
         "num_warps": WARPS,
         "launch_pdl": True,
     }
-    return descriptor, options
+    return descriptors, options
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
@@ -87,13 +96,13 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
         return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = empty((*x.shape[:-1], n), x.dtype, x.device)
-    descriptor, options = _plan(rows, weight, 2 if gated else 1, 4)
+    descriptors, options = _plan(rows, weight, 2 if gated else 1, 4)
     strips = triton.cdiv(n, STRIP)
     with on_device(x):
         launch(
             strip_kernel,
             (min(multiprocessors(x.device), strips),),
-            descriptor,
+            *descriptors,
             rows,
             x if bias is None else bias,
             y,
@@ -126,14 +135,14 @@ def linear_rope(
     `tables`: cos and sin, contiguous in their last dimension; `strides`: of both, by sequence and position; `sizes`:
     rows of a sequence, heads that are rotated, columns of a half, which 8 divides. Both `fit`, and N is heads alone.
     """
-    descriptor, options = _plan(rows, weight, 2, 2)
+    descriptors, options = _plan(rows, weight, 2, 2)
     strips = weight.shape[0] // (2 * STRIP)
     length, heads, half = sizes
     with on_device(rows):
         launch(
             strip_heads_kernel,
             (min(multiprocessors(rows.device), strips),),
-            descriptor,
+            *descriptors,
             rows,
             rows if bias is None else bias,
             y,

@@ -108,6 +108,24 @@ def _rows_of_x(x_ptr, row, k, M, K, stride, EVEN: gl.constexpr, COUNT: gl.conste
 
 
 @gluon.jit
+def _columns(words, first, group: gl.constexpr, place: gl.constexpr, layout: gl.constexpr):
+    """A group of columns of eight rows, the `place`-th of the buffers that begin with `first`."""
+    WARPS: gl.constexpr = gl.num_warps()
+    EACH: gl.constexpr = words.shape[1] // WARPS  # groups of a copy
+    found = words.index(first + group // EACH).slice(group % EACH * WARPS, WARPS, 0)
+    return found.slice(place * 8, 8, 1).load(layout)
+
+
+@gluon.jit
+def _copied_rows(words, first, layout: gl.constexpr, COUNT: gl.constexpr):
+    """As `_rows_of_x` where eight rows of x have been copied to a stage."""
+    found = ()
+    for group in gl.static_range(COUNT):
+        found = found + (_columns(words, first, group, 0, layout),)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
 def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, KIND: gl.constexpr, HIGH: gl.constexpr):
     """A warp's sums of products of a strip `[warps, 8, 32]`, in two chains, since each product waits for one before.
 
@@ -116,12 +134,10 @@ def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, 
     ASM: gl.constexpr = _multiply(KIND, HIGH)
     CONSTRAINTS: gl.constexpr = _constraints(HIGH)
     WARPS: gl.constexpr = gl.num_warps()
-    EACH: gl.constexpr = words.shape[1] // WARPS  # groups of a copy
     acc = gl.zeros((WARPS, 8, 32), gl.float32, layout)
     other = acc
     for group in gl.static_range(len(x)):
-        columns = words.index(first + group // EACH).slice(group % EACH * WARPS, WARPS, 0)
-        w = columns.slice(place * 8, 8, 1).load(layout)
+        w = _columns(words, first, group, place, layout)
         if HIGH:
             new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], high[group], acc], gl.float32, True, 4)
         else:
@@ -172,9 +188,10 @@ def _turned(x1, x2, t, r, used, length, rope, half, PRODUCT: gl.constexpr):
 
 @gluon.jit
 def _strips(
-    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
+    w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr,
-    EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+    COPY_X: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     dtype: gl.constexpr = w_desc.dtype
@@ -194,7 +211,8 @@ def _strips(
     thread_barrier()
     first = gl.program_id(0) * strips // gl.num_programs(0) * PARTS
     last = (gl.program_id(0) + 1) * strips // gl.num_programs(0) * PARTS
-    for i in gl.static_range(STAGES):
+    FILLED: gl.constexpr = STAGES - 1 if COPY_X else STAGES  # stages that have weights before the wait
+    for i in gl.static_range(FILLED):
         _copy(w_desc, bufs, full, i, first + i * EACH, last, half, N, PARTS, ROPE, STAGES, EACH)
     layout: gl.constexpr = _layout(WARPS)
     warp = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
@@ -202,10 +220,21 @@ def _strips(
     k = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
     k = warp * 32 + k
     gdc_wait()
-    x = _rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
-    high = x
+    if COPY_X:
+        bar = full.index(FILLED)
+        mbarrier.expect(bar, COPIES * x_desc.block_type.nbytes)
+        for i in gl.static_range(COPIES):
+            tma.async_copy_global_to_shared(x_desc, [i * BLOCKS, 0, 0], bar, bufs.index(FILLED * COPIES + i))
     if HIGH:
         high = _rows_of_x(x_ptr, row + 8, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
+    if COPY_X:
+        mbarrier.wait(full.index(FILLED), 0)
+        x = _copied_rows(words, FILLED * COPIES, layout, GROUPS)
+        _copy(w_desc, bufs, full, FILLED, first + FILLED, last, half, N, PARTS, ROPE, STAGES, EACH)
+    else:
+        x = _rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
+    if not HIGH:
+        high = x
     ahead = first + STAGES * EACH
     stage = 0
     phase = 0
@@ -215,7 +244,10 @@ def _strips(
             if EACH == 1:
                 acc = gl.zeros((WARPS, 8, 4, 4), gl.float32, _sums(WARPS))
                 if block + i < last:
-                    mbarrier.wait(full.index(stage), phase)
+                    if COPY_X:  # the last stage has been waited for once more
+                        mbarrier.wait(full.index(stage), phase ^ (stage == FILLED).to(gl.int32))
+                    else:
+                        mbarrier.wait(full.index(stage), phase)
                     acc = gl.convert_layout(
                         _products(words, stage * COPIES, 0, x, high, layout, dtype, HIGH), _sums(WARPS), True
                     )  # fmt: skip
@@ -263,33 +295,33 @@ def _strips(
             y = activate(acc, KIND)
             if GATED:
                 y *= up
-            gl.store(y_ptrs, y.to(dtype), mask=used)
+            gl.store(y_ptrs, y.to(dtype), mask=used, eviction_policy="evict_last" if GATED else "")
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_b", "strips"])
 def strip_kernel(
-    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, HIGH: gl.constexpr, EVEN: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+    w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr,
+    EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """K and stride_x in units of 16 bytes. HIGH: more than 8 rows of x. GROUPS: of 64 columns for each warp. A stage of
     the ring holds EACH strips, and BLOCK are finished at once. `strips`: gated those of gate."""
     _strips(
-        w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED, None,
-        HIGH, EVEN, GROUPS, STAGES, EACH, BLOCK,
+        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED,
+        None, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_b", "strips", "length", "heads", "half"])
 def strip_heads_kernel(
-    w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
+    w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
     cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads, half,
-    HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr, EVEN: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """As `strip_kernel` without an activation; of heads of two halves the first `heads` are rotated, in PRODUCT."""
     rope = (cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s)
     _strips(
-        w_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
-        "identity", False, PRODUCT, HIGH, EVEN, GROUPS, STAGES, EACH, BLOCK,
+        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
+        "identity", False, PRODUCT, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK,
     )  # fmt: skip

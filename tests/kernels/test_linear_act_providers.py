@@ -177,7 +177,7 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (1, 4096, 14336, "stream"),
         (8, 128256, 4096, "strip"),
         (8, 4096, 14336, "stream"),
-        (16, 4096, 4096, "stream"),
+        (16, 4096, 4096, "strip"),
         (16, 128256, 4096, "skinny"),
         (16, 1024, 3072, "strip"),
         (16, 2048, 8192, "skinny"),
