@@ -31,7 +31,7 @@ from .timing import Timing, device_rates, measure_kernels
 COLD_BYTES: Final = 320 << 20
 """What the copies of a case's arguments take together, so that none is found in a cache."""
 
-MOST_COPIES: Final = 24
+MOST_COPIES: Final = 64
 SLOWER: Final = 1.03
 """How much slower than the best peer our choice may be without a remark."""
 
