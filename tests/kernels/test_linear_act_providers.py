@@ -178,7 +178,9 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (8, 128256, 4096, "strip"),
         (8, 4096, 14336, "stream"),
         (16, 4096, 4096, "strip"),
-        (16, 128256, 4096, "skinny"),
+        (16, 128256, 4096, "strip"),
+        (16, 4096, 14336, "stream"),
+        (32, 4096, 4096, "skinny"),
         (16, 1024, 3072, "strip"),
         (16, 2048, 8192, "skinny"),
         (512, 77, 4096, "cublas"),  # too few tiles
