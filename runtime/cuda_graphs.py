@@ -5,6 +5,7 @@ once its first replay was seen to agree with its kernels launched one by one. In
 Small outputs are copied out. Large ones are lent: the caller gets the graph's own memory, and as long as any tensor on
 it lives the graph is not run again; another one or the direct way serves. Such a graph has a memory pool of its own.
 The others of a device share one, since none runs beside another and what a replay leaves is copied out before the next.
+Outputs in between are lent while one set of shapes has them and nobody keeps them: a copy would be memory on top.
 What a program's graphs hold is bounded in number and in bytes, and those not used for longest go first.
 
 Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
@@ -42,6 +43,8 @@ COPIES: Final = 2
 MAX_GRAPHS: Final = 16
 MAX_COPIED_BYTES: Final = 64 << 20
 """Outputs up to here are copied out of the graph; larger ones are lent."""
+LENT_ALONE: Final = 8 << 20
+"""Outputs from here on are lent by the first graph, until another is wanted: for other shapes, or as they are kept."""
 MAX_OUTPUT_BYTES: Final = 512 << 20
 """Outputs above it, or above `MEMORY_SHARE` of the device's memory where that is more: the forward runs directly."""
 MEMORY_SHARE: Final = 1 / 128
@@ -103,6 +106,12 @@ class Graphs:
         self._watched: dict[Shapes, tuple[float, torch.cuda.Event, torch.cuda.Event, int]] = {}
         self._lending: set[Shapes] = set()
         """Shapes whose outputs are too large to be copied."""
+        self._between: set[Shapes] = set()
+        """Shapes whose outputs may be copied, or lent by a graph that is alone."""
+        self._alone: Shapes | None = None
+        """Of these, the one whose graph lends."""
+        self._copying = False
+        """Whether graphs of `_between` copy, since one was not enough."""
         self._version: object = None
         self.refused: str | None = None
         """Why no further graph is made."""
@@ -177,6 +186,8 @@ class Graphs:
                 )
             elif size > MAX_COPIED_BYTES:
                 self._lending.add(key)
+            elif size >= LENT_ALONE:
+                self._between.add(key)
         return key not in self._direct
 
     @property
@@ -214,18 +225,18 @@ class Graphs:
 
     def _capture(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> _Captured | None:
         device = shared.device
-        lends = key in self._lending
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
+        lends = self._lends(key)
         release_unused(for_capture=True)
         before = torch.cuda.memory_reserved(device)
         current = torch.cuda.current_stream(device)
         try:
             with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in later calls
-                inputs = [torch.empty_like(t).copy_(t) for t in values[: self._count]]
                 fixed = list(values[self._count :])
                 pool = None if lends else shared.pool()
                 with torch.cuda.graph(graph, pool=pool, stream=shared.stream, capture_error_mode="thread_local"):
+                    inputs = [torch.empty_like(t) for t in values[: self._count]]  # each replay brings their values
                     result = self._function(*inputs, *fixed)
         except torch.OutOfMemoryError:
             self._direct[key] = "no memory for a graph"
@@ -264,6 +275,17 @@ class Graphs:
             shared.copying.add(captured)
         self._keep(key, captured)
         return captured
+
+    def _lends(self, key: Shapes) -> bool:
+        """Whether the graph to be captured lends its outputs; one that did so alone gives way to it."""
+        if key not in self._between or self._copying:
+            return key in self._lending
+        if self._alone is None or self._alone not in self._graphs:
+            self._alone = key
+            return True
+        del self._graphs[self._alone]  # what it lent stays until nobody holds it
+        self._copying = True
+        return False
 
     def _keep(self, key: Shapes, captured: _Captured) -> None:
         """Add a graph; those of the shapes that were not used for longest make room."""

@@ -35,7 +35,7 @@ def release_unused(*, for_capture: bool = False) -> None:
     """
     torch.cuda.empty_cache()  # pools of graphs that are gone are not others'
     with _lock:
-        if _Workspaces.in_pools and not _others():
+        if _Workspaces.in_pools and not other_graphs():
             torch._C._cuda_clearCublasWorkspaces()
         elif for_capture:
             _Workspaces.in_pools = False
@@ -48,7 +48,7 @@ def captured(graph: torch.cuda.CUDAGraph) -> None:
         _graphs.add(graph)
 
 
-def _others() -> bool:
+def other_graphs() -> bool:
     """Whether there may be CUDA graphs that were not captured here: what warmed them up has left its workspace."""
     if torch.cuda.get_allocator_backend() != "native":
         return True
@@ -56,18 +56,17 @@ def _others() -> bool:
     return any(tuple(segment["segment_pool_id"]) not in pools for segment in torch.cuda.memory_snapshot())
 
 
-def move_small(tensor: Tensor) -> None:
-    """Let a weight that shares a segment with others stand elsewhere, if nothing else looks at its memory."""
+def movable(tensor: Tensor) -> bool:
+    """Whether a weight shares a segment with others, and nothing else looks at its memory."""
     storage = tensor.untyped_storage()
-    if (
+    return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cuda
         and tensor.nbytes in SHARED_SEGMENT
         and storage.nbytes() == tensor.nbytes
         and not tensor.is_inference()
         and uses(tensor) == uses(torch.empty(1))
-    ):
-        tensor.data = tensor.data.clone()
+    )
 
 
 def uses(tensor: Tensor) -> int:

@@ -21,7 +21,8 @@ from torch import nn
 
 from ..compiler.program import Input, InputKind, Recipe
 from ..compiler.rope_branches import swapped_buffers
-from .device_memory import move_small, release_unused
+from .device_memory import movable, other_graphs, release_unused
+from .weight_layout import Room
 
 PackKey = tuple[Any, ...]
 
@@ -62,6 +63,7 @@ class Weights:
         """Another number whenever a weight may be another tensor, or stand elsewhere."""
         self._pointers: list[int] = []
         self._packed: list[tuple[PackKey, int]] = []
+        self._laid_out = False
         self._look()
 
     # -- what is there now ------------------------------------------------------------------------------------------
@@ -182,31 +184,49 @@ class Weights:
 
     @torch.no_grad()
     def pack(self, recipes: Iterable[Recipe]) -> None:
-        """Make the packed weights one after the other: at no time more than one of them exists twice.
+        """Make the packed weights one after the other: at no time more than a few of them exist twice.
 
         On a GPU in the order of the model, and the small weights in between move too: what the parameters leave would
         otherwise be holes between those, too small for the next packed weight.
         """
         wanted = {pack_key(r): r for r in recipes}
         wanted = {key: recipe for key, recipe in wanted.items() if key not in self.packs}
-        if wanted and any(d.type == "cuda" for d in self._devices):
-            release_unused()  # not into what a large activation left
-            known = (pack.recipe for pack in self.packs.values())
-            recipes = itertools.chain(known, wanted.values())
-            packed = {id(source) for recipe in recipes for source in self._sources(recipe)}  # by any of its names
-            by_first = {recipe.sources[0]: key for key, recipe in wanted.items() if recipe.sources}
-            for name in self.slots:
-                if name in by_first:
-                    self._make(by_first[name], wanted.pop(by_first[name]))
-                    torch.cuda.empty_cache()  # what the sources leave may be too small for the next
-                elif id(self.tensor(name)) not in packed:
-                    move_small(self.tensor(name))
+        device = next((d for d in self._devices if d.type == "cuda"), None)
+        if device is not None and (wanted or not self._laid_out):
+            self._lay_out(wanted, device)
         for key, recipe in wanted.items():
             self._make(key, recipe)
         self._note(list(map(getitem, self._tables, self._names)))
 
-    def _make(self, key: PackKey, recipe: Recipe) -> None:
-        self.packs[key] = self._concatenate(recipe) if self._may_view(recipe) else self._copy(recipe)
+    def _lay_out(self, wanted: dict[PackKey, Recipe], device: torch.device) -> None:
+        """Pack and move on this device; what has no place in the order of the model stays in `wanted`."""
+        release_unused()  # not into what a large activation left
+        self._laid_out = True
+        if not wanted and other_graphs():
+            return  # which may read the weights where they are
+        known = (pack.recipe for pack in self.packs.values())
+        packed = {id(s) for recipe in itertools.chain(known, wanted.values()) for s in self._sources(recipe)}
+        by_first = {recipe.sources[0]: key for key, recipe in wanted.items() if recipe.sources}
+        order: dict[int, str] = {}  # by any of its names
+        for name in self.slots:
+            if name in by_first or (id(self.tensor(name)) not in packed and movable(self.tensor(name))):
+                order.setdefault(id(self.tensor(name)), name)
+        moved = (wanted[by_first[n]] if n in by_first else self.tensor(n) for n in order.values())
+        room = Room((t.nbytes if isinstance(t, torch.Tensor) else self._bytes(t) for t in moved), device)
+        for name in order.values():
+            if name in by_first:
+                self._make(by_first[name], wanted.pop(by_first[name]), room)
+                torch.cuda.empty_cache()  # what the sources leave may be too small for the next
+            else:
+                tensor = self.tensor(name)
+                tensor.data = room.empty(tensor.shape, tensor.dtype, tensor.stride()).copy_(tensor)
+
+    def _bytes(self, recipe: Recipe) -> int:
+        """Of the buffer that its sources become views of, if they do."""
+        return sum(s.nbytes for s in self._sources(recipe)) if self._may_view(recipe) else 0
+
+    def _make(self, key: PackKey, recipe: Recipe, room: Room | None = None) -> None:
+        self.packs[key] = self._concatenate(recipe, room) if self._may_view(recipe) else self._copy(recipe)
 
     def _may_view(self, recipe: Recipe) -> bool:
         """Whether the sources can become views: a parameter can be a view of one buffer only, and only once."""
@@ -217,11 +237,13 @@ class Weights:
         alike = len({(s.dtype, s.device, s.shape[1:]) for s in sources}) == 1
         return recipe.concatenation and distinct and free and alike
 
-    def _concatenate(self, recipe: Recipe) -> Pack:
+    def _concatenate(self, recipe: Recipe, room: Room | None = None) -> Pack:
         sources = self._sources(recipe)
         first = sources[0]
         rows = sum(s.shape[0] for s in sources)
-        value = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+        shape = (rows, *first.shape[1:])
+        room = room or Room((), first.device)
+        value = room.empty(shape, first.dtype)
         pack = Pack(recipe, value, views=True)
         self._lay(pack, sources)
         return pack

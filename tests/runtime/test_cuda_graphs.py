@@ -138,6 +138,34 @@ def test_no_graph_writes_where_another_ones_outputs_are(monkeypatch: pytest.Monk
         assert torch.equal(other, want)
 
 
+def test_outputs_in_between_are_lent_until_they_are_kept_or_another_shape_comes() -> None:
+    def own(graphs: Graphs, x: torch.Tensor) -> bool:
+        """Whether the result is the graph's own memory, in which case it is the next one's too."""
+        first = graphs([x], 1)[0].data_ptr()
+        lent = any(c.lends for made in graphs._graphs.values() for c in made)
+        assert (graphs([x], 1)[0].data_ptr() == first) or not lent
+        return lent
+
+    one, two = torch.randn(1 << 22, device="cuda"), torch.randn(1 << 21, device="cuda")
+    for reason in ("kept", "shapes"):
+        graphs = Graphs(lambda x: (x * 2 + 1,), 1)
+        for _ in range(3):
+            graphs([one], 1)
+        assert len(graphs) == 1 and own(graphs, one)
+        kept = [graphs([one], 1)[0]]
+        assert not torch.equal(kept[0], one) and len(graphs) == 1
+        if reason == "kept":
+            kept += [graphs([one], 1)[0] for _ in range(4)]
+        else:
+            for _ in range(4):
+                assert torch.equal(graphs([two], 1)[0], two * 2 + 1)
+            for _ in range(2):
+                kept.append(graphs([one], 1)[0])
+        assert all(torch.equal(k, one * 2 + 1) for k in kept)
+        assert len({k.data_ptr() for k in kept}) == len(kept)
+        assert len(graphs) == (1 if reason == "kept" else 2) and not own(graphs, one)
+
+
 def test_inference_mode_first(llama: tuple[Any, torch.Tensor]) -> None:
     model, ids = llama
     with torch.inference_mode():

@@ -11,26 +11,24 @@ import pytest
 import torch
 
 from regraft.runtime.cuda_graphs import Graphs
-from regraft.runtime.device_memory import move_small
+from regraft.runtime.device_memory import movable
 
 SMALL = (600, 1024)
 """Of a bf16 weight that shares its segment."""
 
 
 @pytest.mark.gpu
-def test_a_small_weight_moves_only_if_nobody_else_looks_at_its_memory() -> None:
+def test_a_small_weight_may_move_only_if_nobody_else_looks_at_its_memory() -> None:
     alone, seen, part, large, tiny = (
         torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
         for shape in (SMALL, SMALL, (2, *SMALL), (10, *SMALL), (8, 8))
     )
     part = torch.nn.Parameter(part.data[1])
     view = seen.data[3]
-    for weight, moves in ((alone, True), (seen, False), (part, False), (large, False), (tiny, False)):
-        before, values = weight.data_ptr(), weight.detach().clone()
-        move_small(weight)
-        assert (weight.data_ptr() != before) is moves
-        assert torch.equal(weight, values)
-    assert view.data_ptr() == seen[3].data_ptr()
+    found = [movable(weight) for weight in (alone, seen, part, large, tiny)]
+    assert found == [True, False, False, False, False]
+    del view
+    assert movable(seen)
 
 
 WORKSPACES = """
@@ -61,6 +59,7 @@ assert torch.cuda.memory_allocated() == without
 RESERVED = """
 import gc
 import torch
+import transformers
 from runtime_models import medium_llama, tokens
 import regraft
 
@@ -76,21 +75,23 @@ def reserved(call):
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved()
 
-model, ids = medium_llama("cuda"), tokens(1, 64).cuda()
-with torch.no_grad():
-    eager = reserved(lambda: model(ids))
-    regraft.optimize(model, example_inputs={"input_ids": ids}, verbose=False)
-    ours = reserved(lambda: model(ids))
-assert "1 CUDA graph" in str(model.report)
-# weights of 1 to 10 MiB, four to a layer, are packed with up to a sixth between them
-assert ours <= 1.2 * eager, (ours, eager)
+with torch.device("cuda"):
+    sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12)
+    bert = transformers.BertModel(transformers.BertConfig(**sizes)).to(torch.bfloat16).eval()
+for model, ids in ((bert, tokens(1, 128).cuda()), (medium_llama("cuda"), tokens(1, 64).cuda())):
+    with torch.no_grad():
+        eager = reserved(lambda: model(ids))
+        regraft.optimize(model, example_inputs={"input_ids": ids}, verbose=False)
+        ours = reserved(lambda: model(ids))
+    assert "1 CUDA graph" in str(model.report)
+    assert ours <= eager, (type(model), ours, eager)
 """
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("source", [WORKSPACES, RESERVED], ids=["workspaces", "reserved"])
 def test_memory_of_a_process_of_its_own(source: str) -> None:
-    """Workspaces go unless a graph that is not ours may write to them; a graph reserves hardly more than eager code.
+    """Workspaces go unless a graph that is not ours may write to them; a graph reserves no more than eager code.
 
     In a fresh process: the graphs of other tests would count as somebody else's.
     """

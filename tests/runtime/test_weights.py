@@ -18,6 +18,7 @@ import regraft
 from regraft.compiler.program import Recipe
 from regraft.runtime import weights as runtime_weights
 from regraft.runtime.optimize import restore
+from regraft.runtime.weight_layout import Room
 from regraft.runtime.weights import Change, Weights
 
 QKV = [f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv"]
@@ -192,11 +193,9 @@ def test_a_tied_weight_stays_where_its_copy_was_made_from(monkeypatch: pytest.Mo
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[2].weight = model[0].weight
 
-    def move(tensor: torch.Tensor) -> None:
-        tensor.data = tensor.data.clone()
-
-    monkeypatch.setattr(runtime_weights, "move_small", move)
+    monkeypatch.setattr(runtime_weights, "movable", lambda tensor: True)
     monkeypatch.setattr(runtime_weights, "release_unused", lambda: None)
+    monkeypatch.setattr(runtime_weights, "Room", lambda sizes, device: Room((), torch.device("cpu")))
     weights = Weights(model)
     before = [model[i].weight.data_ptr() for i in range(2)]
     weights._devices = [torch.device("cuda")]
