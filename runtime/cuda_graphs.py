@@ -43,8 +43,9 @@ COPIES: Final = 2
 MAX_GRAPHS: Final = 16
 MAX_COPIED_BYTES: Final = 64 << 20
 """Outputs up to here are copied out of the graph; larger ones are lent."""
-LENT_ALONE: Final = 8 << 20
-"""Outputs from here on are lent by the first graph, until another is wanted: for other shapes, or as they are kept."""
+LENT_ALONE: Final = (1 << 20) + 1
+"""Outputs from here on, too large to be among small tensors, are lent by a program's first graph. It gives way to the
+next, which copies: for other shapes, or since somebody keeps what was lent."""
 MAX_OUTPUT_BYTES: Final = 512 << 20
 """Outputs above it, or above `MEMORY_SHARE` of the device's memory where that is more: the forward runs directly."""
 MEMORY_SHARE: Final = 1 / 128
@@ -141,9 +142,7 @@ class Graphs:
             if captured is not None:
                 self._graphs.move_to_end(key)
             elif len(made) < COPIES and self._due(key):
-                captured = self._capture(shared, key, values, stream)
-                if captured is not None:
-                    return self._compared(shared, key, captured, values)
+                return self._first(shared, key, values, stream)
             if captured is not None:
                 return self._replay(shared, captured, given)
             plans = self._plans.get(key)
@@ -231,6 +230,8 @@ class Graphs:
         release_unused(for_capture=True)
         before = torch.cuda.memory_reserved(device)
         current = torch.cuda.current_stream(device)
+        # its two numbers would have a segment of their own on the stream of the capture
+        graph.register_generator_state(torch.cuda.default_generators[_index(device)])
         try:
             with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in later calls
                 fixed = list(values[self._count :])
@@ -295,16 +296,18 @@ class Graphs:
             oldest, _ = self._graphs.popitem(last=False)
             self._seen.pop(oldest, None)
 
-    def _compared(self, shared: _Shared, key: Shapes, captured: _Captured, values: Sequence[Any]) -> Any:
-        """What a direct call returns; a graph that does not give the same is not used."""
-        result = self._function(*values)
-        again = self._replay(shared, captured, values[: self._count])
-        if not all(map(_same, result, again)):
-            self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
-            log.warning("%s; forwards run without one", self.refused)
-            self._graphs.clear()
-        del again
-        release_unused()  # what direct calls took, which replays do not need
+    def _first(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> Any:
+        """What a direct call returns; a graph for those that follow is kept if it gives the same."""
+        result = self._function(*values)  # before the graph, whose memory would come on top of what this takes
+        captured = self._capture(shared, key, values, stream)
+        if captured is not None:
+            again = self._replay(shared, captured, values[: self._count])
+            if not all(map(_same, result, again)):
+                self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
+                log.warning("%s; forwards run without one", self.refused)
+                self._graphs.clear()
+            del again
+            release_unused()  # what comparing took
         return result
 
     @staticmethod

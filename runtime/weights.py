@@ -211,8 +211,9 @@ class Weights:
         for name in self.slots:
             if name in by_first or (id(self.tensor(name)) not in packed and movable(self.tensor(name))):
                 order.setdefault(id(self.tensor(name)), name)
-        moved = (wanted[by_first[n]] if n in by_first else self.tensor(n) for n in order.values())
-        room = Room((t.nbytes if isinstance(t, torch.Tensor) else self._bytes(t) for t in moved), device)
+        moves = [self._views(wanted[by_first[n]]) if n in by_first else [self.tensor(n)] for n in order.values()]
+        leaving = {t.untyped_storage().data_ptr() for move in moves for t in move}
+        room = Room((sum(t.nbytes for t in move) for move in moves), device, leaving)
         for name in order.values():
             if name in by_first:
                 self._make(by_first[name], wanted.pop(by_first[name]), room)
@@ -220,10 +221,11 @@ class Weights:
             else:
                 tensor = self.tensor(name)
                 tensor.data = room.empty(tensor.shape, tensor.dtype, tensor.stride()).copy_(tensor)
+        torch.cuda.empty_cache()
 
-    def _bytes(self, recipe: Recipe) -> int:
-        """Of the buffer that its sources become views of, if they do."""
-        return sum(s.nbytes for s in self._sources(recipe)) if self._may_view(recipe) else 0
+    def _views(self, recipe: Recipe) -> list[torch.Tensor]:
+        """The sources, if they become views of one buffer."""
+        return self._sources(recipe) if self._may_view(recipe) else []
 
     def _make(self, key: PackKey, recipe: Recipe, room: Room | None = None) -> None:
         self.packs[key] = self._concatenate(recipe, room) if self._may_view(recipe) else self._copy(recipe)

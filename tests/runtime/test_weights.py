@@ -195,7 +195,7 @@ def test_a_tied_weight_stays_where_its_copy_was_made_from(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(runtime_weights, "movable", lambda tensor: True)
     monkeypatch.setattr(runtime_weights, "release_unused", lambda: None)
-    monkeypatch.setattr(runtime_weights, "Room", lambda sizes, device: Room((), torch.device("cpu")))
+    monkeypatch.setattr(runtime_weights, "Room", lambda *given: Room((), torch.device("cpu")))
     weights = Weights(model)
     before = [model[i].weight.data_ptr() for i in range(2)]
     weights._devices = [torch.device("cuda")]
