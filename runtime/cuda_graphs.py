@@ -142,6 +142,7 @@ class Graphs:
             if captured is not None:
                 self._graphs.move_to_end(key)
             elif len(made) < COPIES and self._due(key):
+                del made  # a graph in it may have to go
                 return self._first(shared, key, values, stream)
             if captured is not None:
                 return self._replay(shared, captured, given)
@@ -222,11 +223,12 @@ class Graphs:
     def _may_capture(self) -> bool:
         return self.refused is None and self._max_output_bytes > 0
 
-    def _capture(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> _Captured | None:
+    def _capture(
+        self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int, lends: bool
+    ) -> _Captured | None:
         device = shared.device
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        lends = self._lends(key)
         release_unused(for_capture=True)
         before = torch.cuda.memory_reserved(device)
         current = torch.cuda.current_stream(device)
@@ -285,6 +287,7 @@ class Graphs:
             self._alone = key
             return True
         del self._graphs[self._alone]  # what it lent stays until nobody holds it
+        release_unused()
         self._copying = True
         return False
 
@@ -297,17 +300,21 @@ class Graphs:
             self._seen.pop(oldest, None)
 
     def _first(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> Any:
-        """What a direct call returns; a graph for those that follow is kept if it gives the same."""
+        """Make a graph, and use it if it gives what a direct call gives."""
+        lends = self._lends(key)
         result = self._function(*values)  # before the graph, whose memory would come on top of what this takes
-        captured = self._capture(shared, key, values, stream)
-        if captured is not None:
-            again = self._replay(shared, captured, values[: self._count])
-            if not all(map(_same, result, again)):
-                self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
-                log.warning("%s; forwards run without one", self.refused)
-                self._graphs.clear()
-            del again
-            release_unused()  # what comparing took
+        captured = self._capture(shared, key, values, stream, lends)
+        if captured is None:
+            return result
+        again = self._replay(shared, captured, values[: self._count])
+        if all(map(_same, result, again)):
+            result = again
+        else:
+            self.refused = "the CUDA graph gave another result than the same kernels launched one by one"
+            log.warning("%s; forwards run without one", self.refused)
+            self._graphs.clear()
+        del again
+        release_unused()  # what comparing took
         return result
 
     @staticmethod

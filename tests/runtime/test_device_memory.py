@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from regraft.runtime import cuda_graphs
 from regraft.runtime.cuda_graphs import Graphs
 from regraft.runtime.device_memory import movable
 
@@ -116,3 +117,25 @@ def test_a_second_graph_for_the_same_shapes_does_not_push_itself_out() -> None:
     for key in (("a",), ("b",), ("a",)):  # the outputs of a's first one are still held by the caller
         graphs._keep(key, SimpleNamespace(held=80))  # type: ignore[arg-type]
     assert list(graphs._graphs) == [("a",)] and len(graphs) == 2
+
+
+def test_a_graph_lends_alone_until_another_one_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "release_unused", lambda: None)
+    graphs = Graphs(lambda x: (x,), 1)
+    small, one, other, large = ("small",), ("one",), ("other",), ("large",)
+    graphs._between |= {one, other}
+    graphs._lending.add(large)
+
+    def lends(key: tuple[str]) -> bool:
+        found = graphs._lends(key)
+        graphs._keep(key, SimpleNamespace(held=0))  # type: ignore[arg-type]
+        return found
+
+    assert not lends(small) and lends(large) and lends(one)
+    assert set(graphs._graphs) == {small, large, one}
+    graphs._graphs.clear()  # the weights are others
+    assert lends(one), "nothing was kept, and no other shape came"
+    assert not lends(other)
+    assert set(graphs._graphs) == {other}, "what lent gives way"
+    assert not lends(one) and not lends(small) and lends(large)
+    assert set(graphs._graphs) == {small, large, one, other}
