@@ -7,7 +7,6 @@ of it is free. cuBLAS keeps a workspace of 32 MiB for each stream that it ran on
 from __future__ import annotations
 
 import threading
-import weakref
 from typing import Final
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 SHARED_SEGMENT: Final = range((1 << 20) + 1, 10 << 20)
 """Bytes of the tensors that share a segment with others."""
 
-_graphs: Final[weakref.WeakSet[torch.cuda.CUDAGraph]] = weakref.WeakSet()
-"""Those captured here."""
+_pools: Final[set[tuple[int, ...]]] = set()
+"""Of graphs that were captured here; what one lent may outlive it, and its pool then does."""
 _lock: Final = threading.Lock()
 
 
@@ -45,15 +44,16 @@ def release_unused(*, for_capture: bool = False) -> None:
 def captured(graph: torch.cuda.CUDAGraph) -> None:
     """Says that this graph was captured here, after `release_unused(for_capture=True)`."""
     with _lock:
-        _graphs.add(graph)
+        _pools.add(tuple(graph.pool()))
 
 
 def other_graphs() -> bool:
     """Whether there may be CUDA graphs that were not captured here: what warmed them up has left its workspace."""
     if torch.cuda.get_allocator_backend() != "native":
         return True
-    pools = {(0, 0), *(tuple(graph.pool()) for graph in _graphs)}
-    return any(tuple(segment["segment_pool_id"]) not in pools for segment in torch.cuda.memory_snapshot())
+    found = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+    _pools.intersection_update(found)  # no number is given to another pool later
+    return bool(found - _pools - {(0, 0)})
 
 
 def movable(tensor: Tensor) -> bool:

@@ -57,61 +57,66 @@ def groups(sizes: Iterable[int]) -> list[list[int]]:
     return found
 
 
-def plan(sizes: Sequence[int], free: Iterable[Free]) -> list[tuple[list[int], Free | None]]:
-    """Which sizes come together, in their order, and where: in a block that is free, or in a segment of their own."""
-    found: list[tuple[list[int], Free | None]] = []
-    start = 0
+def fill(sizes: Iterable[int], free: Iterable[Free]) -> list[tuple[Free, list[int]]]:
+    """Which of the sizes go into which of the free blocks whose segments stay, the largest first."""
+    left = sorted(sizes, reverse=True)
+    found: list[tuple[Free, list[int]]] = []
     for block in sorted((b for b in free if b.stays), key=lambda b: b.size, reverse=True):
-        end, left = start, block.size
-        while end < len(sizes) and _rounded(sizes[end]) <= left:
-            left -= _rounded(sizes[end])
-            end += 1
-        if end > start:
-            found.append((list(sizes[start:end]), block))
-        start = end
-    return [*found, *((group, None) for group in groups(sizes[start:]))]
+        room, inside = block.size, []
+        for size in left:
+            if _rounded(size) <= room:
+                room -= _rounded(size)
+                inside.append(size)
+        for size in inside:
+            left.remove(size)
+        found += [(block, inside)] if inside else []
+    return found
 
 
 class Room:
-    """Memory for weights of these sizes, in bytes, that come in this order on this device and its current stream.
+    """Memory for weights of these sizes, in bytes, that come in about this order on this device and current stream.
 
     `leaving` are the addresses of the memory that they leave.
     """
 
     def __init__(self, sizes: Iterable[int], device: torch.device, leaving: Container[int] = ()) -> None:
         self._device, self._leaving = device, leaving
-        self._plan: list[tuple[list[int], Free | None]] = []
+        self._groups: list[list[int]] = []
         self._ready: list[Tensor] = []
         wanted = [size for size in sizes if size >= SHARED_SEGMENT.start]
-        if wanted and _by_segments(device):
-            torch.cuda.empty_cache()
-            self._plan = plan(wanted, self._free())
+        if not wanted or not _by_segments(device):
+            return
+        torch.cuda.empty_cache()
+        for block, inside in fill(wanted, self._free()):
+            self._ready += self._cut(inside, block)
+            for size in inside:
+                wanted.remove(size)
+        self._groups = groups(wanted)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
         """An uninitialized tensor that fills its memory; contiguous where no strides are given."""
         strides = strides or [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         size = math.prod(shape) * dtype.itemsize
-        if not self._ready and self._plan and size in self._plan[0][0]:
-            self._ready = self._next(*self._plan.pop(0))
-        place = next((i for i, block in enumerate(self._ready) if block.nbytes == size), None)
-        if place is None:
+        ready = next((i for i, block in enumerate(self._ready) if block.nbytes == size), None)
+        if ready is None and self._groups and size in self._groups[0]:
+            torch.cuda.empty_cache()
+            ready = len(self._ready) + self._groups[0].index(size)
+            self._ready += self._cut(self._groups.pop(0), None)
+        if ready is None:
             return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
-        storage = self._ready.pop(place).untyped_storage()
+        storage = self._ready.pop(ready).untyped_storage()
         return torch.empty(0, dtype=dtype, device=self._device).set_(storage, 0, tuple(shape), tuple(strides))
 
-    def _next(self, sizes: Sequence[int], block: Free | None) -> list[Tensor]:
-        """Blocks of these sizes, one behind the other if there is memory for it."""
-        torch.cuda.empty_cache()
-        free = self._free()
-        if block is not None:  # it may have grown
-            block = next((f for f in free if f.address <= block.address < f.address + f.size), None)
-        taken = [self._block(f.size) for f in sorted(free, key=lambda f: f.size, reverse=True) if f != block]
+    def _cut(self, sizes: Sequence[int], block: Free | None) -> list[Tensor]:
+        """Blocks of these sizes, cut from a free one or else from a new segment, if there is memory for it."""
+        others = sorted((f.size for f in self._free() if f != block), reverse=True)
+        taken = [self._bytes(size) for size in others]
         if block is None:
             try:
-                self._block(sum(map(_rounded, sizes)))  # let go at once: from here on the only block to be cut
+                self._bytes(sum(map(_rounded, sizes)))  # let go at once: from here on the only block to be cut
             except torch.OutOfMemoryError:
                 taken.clear()  # the weights go where there is room
-        made = [self._block(size) for size in sizes]
+        made = [self._bytes(size) for size in sizes]
         taken.clear()
         return made
 
@@ -119,7 +124,7 @@ class Room:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         return free_blocks(torch.cuda.memory_snapshot(), self._device, stream, self._leaving)
 
-    def _block(self, size: int) -> Tensor:
+    def _bytes(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 

@@ -76,21 +76,42 @@ def reserved(call):
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved()
 
-with torch.device("cuda"):
-    sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12)
-    bert = transformers.BertModel(transformers.BertConfig(**sizes)).to(torch.bfloat16).eval()
-for model, ids in ((bert, tokens(1, 128).cuda()), (medium_llama("cuda"), tokens(1, 64).cuda())):
-    with torch.no_grad():
-        eager = reserved(lambda: model(ids))
-        regraft.optimize(model, example_inputs={"input_ids": ids}, verbose=False)
-        ours = reserved(lambda: model(ids))
-    assert "1 CUDA graph" in str(model.report)
-    assert ours <= eager, (type(model), ours, eager)
+def bert():
+    with torch.device("cuda"):
+        sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12)
+        return transformers.BertModel(transformers.BertConfig(**sizes)).to(torch.bfloat16).eval()
+
+model, ids = MODEL, tokens(1, 128).cuda()
+with torch.no_grad():
+    eager = reserved(lambda: model(ids))
+    regraft.optimize(model, example_inputs={"input_ids": ids}, verbose=False)
+    ours = reserved(lambda: model(ids))
+assert "1 CUDA graph" in str(model.report)
+assert ours <= eager, (ours, eager)
+"""
+
+KEPT = """
+import torch
+from regraft.runtime.cuda_graphs import Graphs
+from regraft.runtime.device_memory import other_graphs
+
+x = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+graphs = Graphs(lambda x: (x @ x,), 1)
+kept = [graphs([x], 1)[0] for _ in range(3)]
+assert len(graphs) == 1 and all(c.lends for made in graphs._graphs.values() for c in made)
+kept.append(graphs([x], 1)[0])
+assert len(graphs) == 1 and not any(c.lends for made in graphs._graphs.values() for c in made)
+assert not other_graphs(), "the pool of a graph that is gone, which what it lent keeps"
+assert all(torch.equal(k, x @ x) for k in kept)
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("source", [WORKSPACES, RESERVED], ids=["workspaces", "reserved"])
+@pytest.mark.parametrize(
+    "source",
+    [WORKSPACES, RESERVED.replace("MODEL", "bert()"), RESERVED.replace("MODEL", 'medium_llama("cuda")'), KEPT],
+    ids=["workspaces", "bert", "llama", "kept"],
+)
 def test_memory_of_a_process_of_its_own(source: str) -> None:
     """Workspaces go unless a graph that is not ours may write to them; a graph reserves no more than eager code.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.runtime import weight_layout
 from regraft.runtime import weights as runtime_weights
-from regraft.runtime.weight_layout import MIB, ROUNDED, Free, Room, free_blocks, groups, plan
+from regraft.runtime.weight_layout import MIB, ROUNDED, Free, Room, fill, free_blocks, groups
 from regraft.runtime.weights import Weights
 
 
@@ -62,15 +62,14 @@ def test_free_blocks_are_those_that_the_allocator_would_cut() -> None:
         assert found == [Free(3 * MIB, 0, stays), Free(5 * MIB, 7 * MIB, stays)]
 
 
-def test_what_is_free_in_segments_that_stay_is_filled_first() -> None:
-    sizes = [4 * MIB, 6 * MIB, 8 * MIB] * 8
-    small, large, leaving = Free(3 * MIB, 0, True), Free(16 * MIB, 50 * MIB, True), Free(20 * MIB, 90 * MIB, False)
-    first, *rest = plan(sizes, [small, large, leaving])
-    assert first == ([4 * MIB, 6 * MIB], large)
-    assert [size for group, block in rest for size in group] == sizes[2:]
-    assert all(block is None for _, block in rest)
-    assert plan([2 * MIB], [small, large]) == [([2 * MIB], large)]
-    assert plan([2 * MIB], [leaving]) == []
+def test_what_is_free_in_segments_that_stay_is_filled() -> None:
+    sizes = [4 * MIB, 6 * MIB, 8 * MIB] * 2
+    small, large, leaving = Free(5 * MIB, 0, True), Free(23 * MIB, 50 * MIB, True), Free(20 * MIB, 90 * MIB, False)
+    assert fill(sizes, [small, leaving, large]) == [
+        (large, [8 * MIB, 8 * MIB, 6 * MIB]),
+        (small, [4 * MIB]),
+    ]
+    assert fill(sizes, [leaving, Free(3 * MIB, 0, True)]) == []
 
 
 def test_room_without_a_gpu_is_ordinary_memory() -> None:
@@ -82,20 +81,21 @@ def test_room_without_a_gpu_is_ordinary_memory() -> None:
 def test_weights_get_memory_of_their_own_from_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, with the allocator's part left out: each planned size once, whatever else is asked for in between."""
     made: list[tuple[list[int], Free | None]] = []
+    hole = Free(7 * MIB, 0, True)
 
-    def blocks(room: Room, sizes: list[int], block: Free | None) -> list[torch.Tensor]:
+    def cut(room: Room, sizes: list[int], block: Free | None) -> list[torch.Tensor]:
         made.append((sizes, block))
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
     monkeypatch.setattr(weight_layout, "_by_segments", lambda device: True)
-    monkeypatch.setattr(Room, "_free", lambda room: [])
-    monkeypatch.setattr(Room, "_next", blocks)
-    room = Room([100, *[6 * MIB] * 4, 200], torch.device("cpu"))
+    monkeypatch.setattr(Room, "_free", lambda room: [hole])
+    monkeypatch.setattr(Room, "_cut", cut)
+    room = Room([100, *[6 * MIB] * 5, 200], torch.device("cpu"))
     tensors = [room.empty((3, MIB), torch.bfloat16) for _ in range(2)]
     tensors.append(room.empty((5, 5), torch.float32))  # not planned
-    tensors += [room.empty((3, MIB), torch.bfloat16) for _ in range(3)]  # one more than planned
-    assert made == [([6 * MIB] * 4, None)]
-    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 6
+    tensors += [room.empty((3, MIB), torch.bfloat16) for _ in range(4)]  # one more than planned
+    assert made == [([6 * MIB], hole), ([6 * MIB] * 4, None)]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 7
     assert all(t.untyped_storage().nbytes() == t.nbytes and t.is_contiguous() and not t._is_view() for t in tensors)
 
 
@@ -125,10 +125,12 @@ from torch import nn
 from regraft.runtime.weights import Weights
 
 layers = [nn.Linear(1024, n, bias=False) for _ in range(20) for n in (4096, 2048, 3072)]
-large = torch.empty(15 << 20, dtype=torch.uint8, device="cuda")
-del large
-stays = torch.ones(1 << 20, dtype=torch.int32, device="cuda")  # 4 MiB of a segment of 15
+whole = torch.empty(16 << 20, dtype=torch.uint8, device="cuda")
+del whole
+stays = torch.ones(1 << 20, dtype=torch.int32, device="cuda")  # 4 MiB of a segment of 16
+rest = torch.empty(12 << 20, dtype=torch.uint8, device="cuda")
 model = nn.Sequential(*layers).to("cuda", torch.bfloat16)
+del rest
 torch.cuda.empty_cache()
 values = [p.detach().cpu() for p in model.parameters()]
 size = sum(p.nbytes for p in model.parameters()) + stays.nbytes
