@@ -27,7 +27,7 @@ STRIP: Final = 8
 RING: Final = 208 * 1024
 """Bytes of shared memory for weights on their way; the sums of the warps lie beside it."""
 STAGE: Final = 64 * 1024
-"""Bytes of a stage: a strip, or as many short ones as fit, up to four."""
+"""Bytes of a stage: a strip, or as many short ones as fit, up to four (of heads two)."""
 MAX_ROWS: Final = 16
 COPIED_ROWS: Final = 5
 """Of x, from which on a stage of the ring first brings them: fewer arrive sooner by loads of the threads."""
@@ -65,7 +65,7 @@ def _plan(
 ) -> tuple[tuple[TensorDescriptor, TensorDescriptor], dict[str, Any]]:
     """Weight and x as TMA reads them, and what is decided when the kernel is compiled.
 
-    `parts`: 2 where two strips are finished together; `most`: strips in a stage.
+    `parts`: 2 where two strips make one result; `most`: strips in a stage.
     """
     k = weight.shape[1]
     groups = triton.cdiv(k, GROUP)

@@ -8,7 +8,7 @@ a program share the columns: each keeps its columns of x in registers from the f
 `mma.m16n8k16`, and reads its columns of a strip as the other operand, 16 bytes a thread. These are columns in another
 order than the instruction counts them in, of x and of the weight alike; a sum over columns does not mind.
 
-Gate and up, or the two halves of a head that is rotated, are two strips that are finished together.
+Gate and up, or the two halves of a head that is rotated, are two strips that make one result (PARTS).
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ def _row(strip, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr):
 def _copy(w_desc, bufs, full, stage, strip, last, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr,
           STAGES: gl.constexpr, EACH: gl.constexpr):  # fmt: skip
     """Asks for EACH strips into a stage, if there are so many. `bufs`: for each stage the copies of each part."""
-    IN: gl.constexpr = PARTS if EACH > 1 else 1
-    COPIES: gl.constexpr = bufs.shape[0] // (STAGES * IN)
+    INSIDE: gl.constexpr = PARTS if EACH > 1 else 1
+    COPIES: gl.constexpr = bufs.shape[0] // (STAGES * INSIDE)
     BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
     wanted = strip < last
     bar = full.index(stage)
-    mbarrier.expect(bar, IN * COPIES * w_desc.block_type.nbytes, pred=wanted)
-    for part in gl.static_range(IN):
+    mbarrier.expect(bar, INSIDE * COPIES * w_desc.block_type.nbytes, pred=wanted)
+    for part in gl.static_range(INSIDE):
         row = _row(strip + part, half, N, PARTS, ROPE)
         for i in gl.static_range(COPIES):
-            buf = bufs.index((stage * IN + part) * COPIES + i)
+            buf = bufs.index((stage * INSIDE + part) * COPIES + i)
             tma.async_copy_global_to_shared(w_desc, [i * BLOCKS, row, 0], bar, buf, pred=wanted)
 
 
@@ -96,7 +96,7 @@ def _rows_of_x(x_ptr, row, k, M, K, stride, EVEN: gl.constexpr, COUNT: gl.conste
 
     Only what may lie behind the last column is masked: a masked load is one that others wait for.
     """
-    ptrs = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + gl.minimum(row, M - 1) * (stride * 4) + k
+    ptrs = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + gl.minimum(row, M - 1).to(gl.int64) * (stride * 4) + k
     found = ()
     for group in gl.static_range(COUNT):
         if EVEN or group < COUNT - 1:
@@ -155,9 +155,7 @@ def _together(sums, PARTS: gl.constexpr):
     """
     COUNT: gl.constexpr = len(sums)
     WARPS: gl.constexpr = gl.num_warps()
-    if COUNT == 1:
-        one = gl.permute(sums[0], (1, 2, 3, 0))
-    elif COUNT == 2:
+    if COUNT == 2:
         one = gl.permute(gl.join(sums[0], sums[1]), (1, 2, 3, 4, 0))
     else:
         one = gl.permute(gl.join(gl.join(sums[0], sums[2]), gl.join(sums[1], sums[3])), (1, 2, 3, 4, 5, 0))
@@ -201,8 +199,8 @@ def _strips(
     BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
     COPIES: gl.constexpr = (GROUPS * WARPS + BLOCKS - 1) // BLOCKS
-    IN: gl.constexpr = PARTS if EACH > 1 else 1  # parts of a stage
-    BUFFERS: gl.constexpr = STAGES * IN * COPIES
+    INSIDE: gl.constexpr = PARTS if EACH > 1 else 1  # parts of a result in a stage
+    BUFFERS: gl.constexpr = STAGES * INSIDE * COPIES
     bufs = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCKS, ROWS, 64], w_desc.layout)
     words = bufs._reinterpret(gl.int32, [BUFFERS, BLOCKS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 3))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -261,8 +259,8 @@ def _strips(
             else:
                 mbarrier.wait(full.index(stage), phase, pred=block + i * EACH < last)
                 for j in gl.static_range(EACH):
-                    buf = (stage * IN + j % IN) * COPIES
-                    acc = _products(words, buf, j // IN, x, high, layout, dtype, HIGH)
+                    buf = (stage * INSIDE + j % INSIDE) * COPIES
+                    acc = _products(words, buf, j // INSIDE, x, high, layout, dtype, HIGH)
                     sums = sums + (acc,)  # noqa: RUF005
                 _copy(w_desc, bufs, full, stage, ahead, last, half, N, PARTS, ROPE, STAGES, EACH)
                 ahead += EACH

@@ -108,15 +108,18 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
         row = {"case": "stream qkv_rope", "shared": kernel.metadata.shared, "copies": False}
         rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
         strip_gluon.multiprocessors = lambda device: 132
-        for columns, rotate in ((4096, False), (1024, False), (2048, True)):
-            narrow = weight[:, :columns]
+        for columns, rotate in ((4096, False), (1024, False), (2048, True), (512, True)):
+            narrow, few = weight[:, :columns], x[:, :columns]
+            many = torch.cat((few, few))
             if rotate:
                 plain = (24, 4, 128, False, 0.0, 0.0, None, "half", None)
-                qkv_rope_strip.qkv_rope(x[:, :columns], narrow, None, tables, tables, None, None, *plain)
+                qkv_rope_strip.qkv_rope(few, narrow, None, tables, tables, None, None, *plain)
             else:
-                strip_gluon.gate_up(x[:, :columns], narrow, None, "silu")
-            row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
-            rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
+                strip_gluon.gate_up(few, narrow, None, "silu")
+                strip_gluon.linear_act(many, narrow, None, "identity")
+            while launched:
+                row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
+                rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
         softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE

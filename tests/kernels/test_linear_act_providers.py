@@ -175,6 +175,8 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (1, 2, 768, "skinny"),
         (1, 4096, 4096, "strip"),  # one row: all of a step's large products stream, or none
         (1, 4096, 14336, "stream"),
+        (1, 128256, 4096, "strip"),
+        (1, 2048, 2048, "skinny"),
         (8, 128256, 4096, "strip"),
         (8, 4096, 14336, "stream"),
         (16, 4096, 4096, "strip"),

@@ -132,7 +132,8 @@ def test_what_is_copied_covers_the_columns(groups: int) -> None:
     copies = -(-groups // size)
     assert groups <= copies * size <= 1.2 * groups
     strip = copies * size * strip_gluon.GROUP * strip_gluon.STRIP * 2
-    assert strip <= strip_gluon.STAGE and strip_gluon.RING // strip_gluon.STAGE >= 3
+    assert strip <= strip_gluon.STAGE
+    assert strip_gluon.RING // strip >= 3  # stages
 
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
