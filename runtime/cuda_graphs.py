@@ -5,7 +5,9 @@ once its first replay was seen to agree with its kernels launched one by one. In
 Small outputs are copied out. Large ones are lent: the caller gets the graph's own memory, and as long as any tensor on
 it lives the graph is not run again; another one or the direct way serves. Such a graph has a memory pool of its own.
 The others of a device share one, since none runs beside another and what a replay leaves is copied out before the next.
-Outputs in between are lent while one set of shapes has them and nobody keeps them: a copy would be memory on top.
+Outputs in between are lent by one graph of a device while its program has one set of shapes and nobody keeps them: a
+copy would be memory on top, and so would be a pool for each program. Whether anybody keeps what was lent is told from
+the tensors that live: who reads one on another stream, or in another process, has to hold it until that has ended.
 What a program's graphs hold is bounded in number and in bytes, and those not used for longest go first.
 
 Where no graph is used, the launch plans of all calls are kept for the shapes, so that no call has to look for its own.
@@ -44,8 +46,8 @@ MAX_GRAPHS: Final = 16
 MAX_COPIED_BYTES: Final = 64 << 20
 """Outputs up to here are copied out of the graph; larger ones are lent."""
 LENT_ALONE: Final = (1 << 20) + 1
-"""Outputs from here on, too large to be among small tensors, are lent by a program's first graph. It gives way to the
-next, which copies: for other shapes, or since somebody keeps what was lent."""
+"""Outputs from here on, too large to be among small tensors, are lent by the first graph of a device that has such. It
+gives way to the next of its program, which copies: for other shapes, or since somebody keeps what was lent."""
 MAX_OUTPUT_BYTES: Final = 512 << 20
 """Outputs above it, or above `MEMORY_SHARE` of the device's memory where that is more: the forward runs directly."""
 MEMORY_SHARE: Final = 1 / 128
@@ -276,14 +278,18 @@ class Graphs:
             captured.counts = [(handle, torch._C._storage_Use_Count(handle)) for handle in handles]
         else:
             shared.copying.add(captured)
+        if lends and key in self._between:
+            shared.lender = weakref.ref(captured)
         self._keep(key, captured)
         return captured
 
-    def _lends(self, key: Shapes) -> bool:
+    def _lends(self, shared: _Shared, key: Shapes) -> bool:
         """Whether the graph to be captured lends its outputs; one that did so alone gives way to it."""
         if key not in self._between or self._copying:
             return key in self._lending
         if self._alone is None or self._alone not in self._graphs:
+            if shared.lender is not None and shared.lender() is not None:
+                return False  # another program's
             self._alone = key
             return True
         del self._graphs[self._alone]  # what it lent stays until nobody holds it
@@ -301,7 +307,7 @@ class Graphs:
 
     def _first(self, shared: _Shared, key: Shapes, values: Sequence[Any], stream: int) -> Any:
         """Make a graph, and use it if it gives what a direct call gives."""
-        lends = self._lends(key)
+        lends = self._lends(shared, key)
         result = self._function(*values)  # before the graph, whose memory would come on top of what this takes
         captured = self._capture(shared, key, values, stream, lends)
         if captured is None:
@@ -353,6 +359,8 @@ def _same(one: Any, other: Any) -> bool:
         return True  # comes from no kernel
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if torch.equal(one, other):
+        return True  # without masks in memory as large as they
     if bool(((one == other) | ((one != one) & (other != other))).all()):
         return True
     if not one.is_floating_point():
@@ -388,6 +396,8 @@ class _Shared:
         self.last: torch.cuda.Event | None = None
         """Recorded behind the last replay and what was copied out of it."""
         self.copying: weakref.WeakSet[_Captured] = weakref.WeakSet()
+        self.lender: weakref.ref[_Captured] | None = None
+        """The graph that lends outputs which could be copied."""
 
     def pool(self) -> Any:
         """The handle of the pool of those whose outputs are copied; it ends with the last of them."""

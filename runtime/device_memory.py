@@ -51,7 +51,7 @@ def other_graphs() -> bool:
     """Whether there may be CUDA graphs that were not captured here: what warmed them up has left its workspace."""
     if torch.cuda.get_allocator_backend() != "native":
         return True
-    found = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+    found = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot(include_traces=False)}
     _pools.intersection_update(found)  # no number is given to another pool later
     return bool(found - _pools - {(0, 0)})
 

@@ -100,29 +100,32 @@ class Room:
         ready = next((i for i, block in enumerate(self._ready) if block.nbytes == size), None)
         if ready is None and self._groups and size in self._groups[0]:
             torch.cuda.empty_cache()
-            ready = len(self._ready) + self._groups[0].index(size)
             self._ready += self._cut(self._groups.pop(0), None)
+            ready = next((i for i, block in enumerate(self._ready) if block.nbytes == size), None)
         if ready is None:
             return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
         storage = self._ready.pop(ready).untyped_storage()
         return torch.empty(0, dtype=dtype, device=self._device).set_(storage, 0, tuple(shape), tuple(strides))
 
     def _cut(self, sizes: Sequence[int], block: Free | None) -> list[Tensor]:
-        """Blocks of these sizes, cut from a free one or else from a new segment, if there is memory for it."""
+        """Blocks of these sizes, cut from a free one or else from a new segment; none if there is no memory for it."""
         others = sorted((f.size for f in self._free() if f != block), reverse=True)
-        taken = [self._bytes(size) for size in others]
-        if block is None:
-            try:
+        taken: list[Tensor] = []
+        made: list[Tensor] = []
+        try:
+            for size in others:
+                taken.append(self._bytes(size))
+            if block is None:
                 self._bytes(sum(map(_rounded, sizes)))  # let go at once: from here on the only block to be cut
-            except torch.OutOfMemoryError:
-                taken.clear()  # the weights go where there is room
-        made = [self._bytes(size) for size in sizes]
-        taken.clear()
+            for size in sizes:
+                made.append(self._bytes(size))
+        except torch.OutOfMemoryError:
+            made.clear()  # the weights go where there is room
         return made
 
     def _free(self) -> list[Free]:
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        return free_blocks(torch.cuda.memory_snapshot(), self._device, stream, self._leaving)
+        return free_blocks(torch.cuda.memory_snapshot(include_traces=False), self._device, stream, self._leaving)
 
     def _bytes(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)

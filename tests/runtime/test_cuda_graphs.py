@@ -147,6 +147,7 @@ def test_outputs_in_between_are_lent_until_they_are_kept_or_another_shape_comes(
         return lent
 
     one, two = torch.randn(1 << 22, device="cuda"), torch.randn(1 << 21, device="cuda")
+    cuda_graphs._shared(one.device).lender = None  # of another test
     for reason in ("kept", "shapes"):
         graphs = Graphs(lambda x: (x * 2 + 1,), 1)
         for _ in range(3):

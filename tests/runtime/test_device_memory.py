@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -146,9 +148,10 @@ def test_a_graph_lends_alone_until_another_one_is_wanted(monkeypatch: pytest.Mon
     small, one, other, large = ("small",), ("one",), ("other",), ("large",)
     graphs._between |= {one, other}
     graphs._lending.add(large)
+    shared: Any = SimpleNamespace(lender=None)
 
     def lends(key: tuple[str]) -> bool:
-        found = graphs._lends(key)
+        found = graphs._lends(shared, key)
         graphs._keep(key, SimpleNamespace(held=0))  # type: ignore[arg-type]
         return found
 
@@ -160,3 +163,23 @@ def test_a_graph_lends_alone_until_another_one_is_wanted(monkeypatch: pytest.Mon
     assert set(graphs._graphs) == {other}, "what lent gives way"
     assert not lends(one) and not lends(small) and lends(large)
     assert set(graphs._graphs) == {small, large, one, other}
+
+
+def test_one_program_of_a_device_lends_at_a_time() -> None:
+    """Each one that lends has a memory pool of its own."""
+    shared: Any = SimpleNamespace(lender=None)
+    key, large = ("one",), ("large",)
+
+    def program() -> Graphs:
+        graphs = Graphs(lambda x: (x,), 1)
+        graphs._between.add(key)
+        graphs._lending.add(large)
+        return graphs
+
+    first, second = program(), program()
+    assert first._lends(shared, key)
+    captured = torch.ones(1)
+    shared.lender = weakref.ref(captured)
+    assert not second._lends(shared, key) and second._lends(shared, large)
+    del captured
+    assert second._lends(shared, key)

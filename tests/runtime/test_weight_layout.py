@@ -99,6 +99,18 @@ def test_weights_get_memory_of_their_own_from_the_room(monkeypatch: pytest.Monke
     assert all(t.untyped_storage().nbytes() == t.nbytes and t.is_contiguous() and not t._is_view() for t in tensors)
 
 
+def test_weights_go_where_there_is_room_if_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(room: Room, size: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none is left")
+
+    monkeypatch.setattr(weight_layout, "_by_segments", lambda device: True)
+    monkeypatch.setattr(Room, "_free", lambda room: [Free(7 * MIB, 0, True)])
+    monkeypatch.setattr(Room, "_bytes", full)
+    room = Room([6 * MIB] * 5, torch.device("cpu"))
+    tensors = [room.empty((3, MIB), torch.bfloat16) for _ in range(5)]
+    assert len({t.data_ptr() for t in tensors}) == 5
+
+
 def test_weights_stay_where_graphs_of_others_may_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(others: bool) -> bool:
         model: Any = nn.Linear(4, 4)

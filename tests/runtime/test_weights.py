@@ -233,6 +233,23 @@ def test_restore_gives_independent_contiguous_parameters() -> None:
     assert len({p.untyped_storage().data_ptr() for p in found} | {buffer.untyped_storage().data_ptr()}) == 4
 
 
+def test_packing_in_inference_mode_leaves_weights_that_can_be_trained_and_watched() -> None:
+    model = tiny_llama()
+    with torch.inference_mode():
+        weights = packed(model, concatenation(*QKV), doubled("lm_head.weight"))
+        sizes = weights.packed_bytes()
+        weights.keep([])
+        weights.pack([concatenation(*QKV), doubled("lm_head.weight")])
+    assert weights.packed_bytes() == sizes and min(sizes) > 0
+    assert not any(t.is_inference() for t in (*model.parameters(), *(p.value for p in weights.packs.values())))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    assert settle(weights) is Change.VALUES
+    with torch.inference_mode():
+        weights.restore()
+    model(tokens(), labels=tokens()).loss.backward()
+
+
 # -- through the optimized model ---------------------------------------------------------------------------------------
 
 
