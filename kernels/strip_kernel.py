@@ -149,9 +149,9 @@ def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, 
 
 @gluon.jit
 def _together(sums, PARTS: gl.constexpr):
-    """Sums `[warps, 8, 4, 4]` of the strips of a block, added up over warps: `[strips, 8, 4, 4]` as a vector.
+    """Sums `[warps, 8, 4, 4]` of the strips of a block, added up over warps: `[8, 4, 4, strips]` as a vector.
 
-    With PARTS two vectors, of every other strip.
+    With two PARTS two vectors, of every other strip.
     """
     COUNT: gl.constexpr = len(sums)
     WARPS: gl.constexpr = gl.num_warps()
