@@ -293,6 +293,7 @@ def _strips(
             y = activate(acc, KIND)
             if GATED:
                 y *= up
+            # read next, and kept for it where that was measured to pay
             gl.store(y_ptrs, y.to(dtype), mask=used, eviction_policy="evict_last" if GATED else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -66,6 +67,31 @@ def check_kernel(op: Op, *args: Any, provider: str = "triton", ulps: float = 4.0
     for a, r, e in zip(actual, reference, oracle(op, *args, **kwargs), strict=True):
         assert_close(a, r, e, ulps)
         assert layout(a) == layout(r) or a.is_contiguous()
+
+
+def assert_same_in_graphs_beside_a_stream(function: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> None:
+    """Two CUDA graphs and a stream without one, all at once, give what the function gives alone for three inputs.
+
+    It returns a tensor or several.
+    """
+    alone = [as_tuple(function(x)) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs, results = [], []
+    for x in inputs[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(as_tuple(function(x)))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = as_tuple(function(inputs[2]))
+        torch.cuda.synchronize()
+        for found, expected in zip([*results, eager], alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def layout(tensor: Tensor) -> list[int]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import check_kernel, in_dtypes, on_devices, refusal
+from kernel_checks import assert_same_in_graphs_beside_a_stream, check_kernel, in_dtypes, on_devices, refusal
 
 from regraft.kernels import choice, counters, softmax_ring, softmax_triton
 from regraft.kernels.op import TensorSpec
@@ -145,27 +145,10 @@ def test_infinities_and_nan_in_wide_rows(width: int, dtype: torch.dtype) -> None
 @pytest.mark.gpu
 @on_hopper
 def test_wide_rows_in_graphs_beside_a_stream() -> None:
-    """Programs that share a row meet on a board of their launch: two graphs and a stream give what each gives alone."""
+    """Programs that share a row meet on a board of their launch."""
     run = choice.bind(softmax, [RING])
     inputs = [torch.randn(rows, 128256, device="cuda").bfloat16() for rows in (200, 3, 90)]
-    alone = [run(x) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    graphs, results = [], []
-    for x in inputs[:2]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append([run(x) for _ in range(3)])
-        graphs.append(graph)
-    torch.cuda.synchronize()
-    for _ in range(3):
-        for graph, stream in zip(graphs, streams[:2], strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            eager = [run(inputs[2]) for _ in range(3)]
-        torch.cuda.synchronize()
-        for found, expected in zip([*results, eager], alone, strict=True):
-            assert all(torch.equal(y, expected) for y in found)
+    assert_same_in_graphs_beside_a_stream(lambda x: [run(x) for _ in range(3)], inputs)
     assert not counters.counters(1, inputs[0].device).any()  # what it found, it left
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import as_tuple, assert_close, layout, oracle
+from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
 
 from regraft.kernels import choice, counters, qkv_rope_stream, stream_gluon
 from regraft.kernels.linear_act import gate_up, linear_act
@@ -71,7 +71,7 @@ def test_views_and_fp16() -> None:
 @pytest.mark.gpu
 @on_hopper
 def test_streams_and_graphs_have_counters_of_their_own() -> None:
-    """Two graphs of dependent products and a stream without one, all at once, give what each gives alone."""
+    """Of dependent products."""
     run = choice.bind(linear_act, [KERNELS["linear_act"]])
     weights = [linear(8, 2048, 2048, torch.bfloat16)[1] for _ in range(4)]
     inputs = [linear(8, 8, 2048, torch.bfloat16)[0] for _ in range(3)]
@@ -81,23 +81,7 @@ def test_streams_and_graphs_have_counters_of_their_own() -> None:
             x = run(x, weight, None, "identity")
         return x
 
-    alone = [chain(x) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    graphs, results = [], []
-    for x in inputs[:2]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append(chain(x))
-        graphs.append(graph)
-    torch.cuda.synchronize()
-    for _ in range(5):
-        for graph, stream in zip(graphs, streams[:2], strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            eager = chain(inputs[2])
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip([*results, eager], alone, strict=True))
+    assert_same_in_graphs_beside_a_stream(chain, inputs)
 
 
 def turned(

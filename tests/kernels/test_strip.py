@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import as_tuple, assert_close, layout, oracle
+from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
 
 from regraft.kernels import choice, qkv_rope_strip, strip_gluon
 from regraft.kernels.linear_act import gate_up, linear_act
@@ -97,7 +97,7 @@ def test_heads_are_rotated(rows: tuple[int, int], head: int, depth: int) -> None
 @pytest.mark.gpu
 @on_hopper
 def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream() -> None:
-    """Two graphs of dependent products and a stream without one, all at once, give what each gives alone."""
+    """Of dependent products."""
     run = choice.bind(linear_act, [KERNELS["linear_act"]])
     weights = [normal(2048, 2048) / 45 for _ in range(4)]
     inputs = [normal(8, 2048) for _ in range(3)]
@@ -107,23 +107,7 @@ def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream() -> None:
             x = run(x, weight, None, "identity")
         return x
 
-    alone = [chain(x) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    graphs, results = [], []
-    for x in inputs[:2]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append(chain(x))
-        graphs.append(graph)
-    torch.cuda.synchronize()
-    for _ in range(5):
-        for graph, stream in zip(graphs, streams[:2], strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            eager = chain(inputs[2])
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip([*results, eager], alone, strict=True))
+    assert_same_in_graphs_beside_a_stream(chain, inputs)
 
 
 @pytest.mark.parametrize("groups", range(1, 9))
