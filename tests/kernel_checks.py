@@ -72,7 +72,7 @@ def check_kernel(op: Op, *args: Any, provider: str = "triton", ulps: float = 4.0
 def assert_same_in_graphs_beside_a_stream(function: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> None:
     """Two CUDA graphs and a stream without one, all at once, give what the function gives alone for three inputs.
 
-    It returns a tensor or several.
+    It returns a tensor or a tuple of them.
     """
     alone = [as_tuple(function(x)) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]

@@ -148,7 +148,7 @@ def test_wide_rows_in_graphs_beside_a_stream() -> None:
     """Programs that share a row meet on a board of their launch."""
     run = choice.bind(softmax, [RING])
     inputs = [torch.randn(rows, 128256, device="cuda").bfloat16() for rows in (200, 3, 90)]
-    assert_same_in_graphs_beside_a_stream(lambda x: [run(x) for _ in range(3)], inputs)
+    assert_same_in_graphs_beside_a_stream(lambda x: tuple(run(x) for _ in range(3)), inputs)
     assert not counters.counters(1, inputs[0].device).any()  # what it found, it left
 
 
