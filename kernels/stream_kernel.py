@@ -37,6 +37,23 @@ def _copy_weight(w_desc, w_bufs, bar, stage, row, col, up_offset, wanted, PARTS:
 
 
 @gluon.jit
+def _ask(
+    x_desc, w_desc, x_bufs, w_bufs, full, stage, step, last, depth, TILE: gl.constexpr, up_offset,
+    PARTS: gl.constexpr, WEIGHT: gl.constexpr, X: gl.constexpr,
+):  # fmt: skip
+    """Asks for what a step reads, if it is one of the program's: of the WEIGHT, which says how much comes, and of X."""
+    wanted = step < last
+    bar = full.index(stage)
+    col = step % depth * w_desc.block_type.shape[1]
+    if WEIGHT:
+        BYTES: gl.constexpr = PARTS * w_desc.block_type.nbytes + x_desc.block_type.nbytes
+        mbarrier.expect(bar, BYTES, pred=wanted)
+        _copy_weight(w_desc, w_bufs, bar, stage, step // depth * TILE, col, up_offset, wanted, PARTS)
+    if X:
+        tma.async_copy_global_to_shared(x_desc, [0, col], bar, x_bufs.index(stage), pred=wanted)
+
+
+@gluon.jit
 def _add(acc, up, parts, program, steps, programs, begin, mask, PARTS: gl.constexpr, SIZE: gl.constexpr):
     """Adds what a program has left of the tile that begins with step `begin`."""
     slot = 2 * program + (program * steps // programs < begin).to(gl.int32)
@@ -142,7 +159,6 @@ def _stream(
     TILE: gl.constexpr = ROWS if ROPE is None else 2 * ROWS  # rows of the weight from one tile to the next
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     BLOCK_T: gl.constexpr = x_desc.block_type.shape[0]
-    BYTES: gl.constexpr = (PARTS * ROWS + BLOCK_T) * BLOCK_K * 2
     dtype: gl.constexpr = x_desc.dtype
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(dtype, [PARTS * STAGES, ROWS, BLOCK_K], w_desc.layout)
@@ -154,17 +170,13 @@ def _stream(
     programs = gl.num_programs(0)
     first = place * steps // programs
     last = (place + 1) * steps // programs
-    for i in gl.static_range(STAGES - 1):
-        step = first + i
-        wanted = step < last
-        mbarrier.expect(full.index(i), BYTES, pred=wanted)
-        row, col = step // depth * TILE, step % depth * BLOCK_K
-        _copy_weight(w_desc, w_bufs, full.index(i), i, row, col, up_offset, wanted, PARTS)
+    EARLY: gl.constexpr = STAGES - 2  # x comes behind what is asked for before it, so one stage waits for that as well
+    for i in gl.static_range(EARLY):
+        _ask(x_desc, w_desc, x_bufs, w_bufs, full, i, first + i, last, depth, TILE, up_offset, PARTS, True, False)
     gdc_wait()
-    for i in gl.static_range(STAGES - 1):
-        step = first + i
-        col = step % depth * BLOCK_K
-        tma.async_copy_global_to_shared(x_desc, [0, col], full.index(i), x_bufs.index(i), pred=step < last)
+    for i in gl.static_range(EARLY):
+        _ask(x_desc, w_desc, x_bufs, w_bufs, full, i, first + i, last, depth, TILE, up_offset, PARTS, False, True)
+    _ask(x_desc, w_desc, x_bufs, w_bufs, full, EARLY, first + EARLY, last, depth, TILE, up_offset, PARTS, True, True)
     FLAT: gl.constexpr = _flat(ROWS, gl.num_warps())
     if ROPE is not None:
         head_r = gl.arange(0, ROWS, gl.SliceLayout(0, FLAT))
@@ -193,13 +205,8 @@ def _stream(
             else:
                 acc = warpgroup_mma_wait(1, deps=[acc])
             thread_barrier()  # all warps have read the stage of the step before
-            bar = full.index(behind)
             ahead = step + STAGES - 1
-            wanted = ahead < last
-            mbarrier.expect(bar, BYTES, pred=wanted)
-            row, col = ahead // depth * TILE, ahead % depth * BLOCK_K
-            _copy_weight(w_desc, w_bufs, bar, behind, row, col, up_offset, wanted, PARTS)
-            tma.async_copy_global_to_shared(x_desc, [0, col], bar, x_bufs.index(behind), pred=wanted)
+            _ask(x_desc, w_desc, x_bufs, w_bufs, full, behind, ahead, last, depth, TILE, up_offset, PARTS, True, True)
             behind = stage
             stage += 1
             if stage == STAGES:

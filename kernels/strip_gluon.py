@@ -27,12 +27,22 @@ STRIP: Final = 8
 RING: Final = 208 * 1024
 """Bytes of shared memory for weights on their way; the sums of the warps lie beside it."""
 STAGE: Final = 64 * 1024
-"""Bytes of a stage: a strip, or as many short ones as fit, up to four (of heads two)."""
+"""Bytes of a stage at most: a strip, or as many short ones as fit, up to four (of heads two)."""
+SHORT: Final = 100 * 1024
+"""Bytes of weight for each program, up to which a ring for no more than them lets two programs share a multiprocessor.
+
+The next kernel's weights are then on their way before this one's last have come. Stages are half as large."""
+LONG: Final = 192 * 1024
+"""Bytes of weight for each program, from which on stages of half the size are worth their barriers."""
 MAX_ROWS: Final = 16
 COPIED_ROWS: Final = 5
-"""Of x, from which on a stage of the ring first brings them: fewer arrive sooner by loads of the threads."""
+"""Of x, from which on stages of the ring first bring them: fewer arrive sooner by loads of the threads."""
+COPIED_ROWS_SHORT: Final = 9
+"""The same where columns are few and no program has LONG."""
 MAX_COLUMNS: Final = 4096
 """Columns of x that fit in the registers of a program."""
+FEW_COLUMNS: Final = 2048
+"""Columns up to which a stage of half the size holds a strip."""
 
 
 def _copied(groups: int) -> int:
@@ -61,33 +71,47 @@ def _blocks(x: Tensor, columns: int, rows: int) -> TensorDescriptor:
 
 
 def _plan(
-    rows: Tensor, weight: Tensor, parts: int, most: int
-) -> tuple[tuple[TensorDescriptor, TensorDescriptor], dict[str, Any]]:
-    """Weight and x as TMA reads them, and what is decided when the kernel is compiled.
+    rows: Tensor, weight: Tensor, strips: int, parts: int, most: int
+) -> tuple[tuple[int], tuple[TensorDescriptor, TensorDescriptor], dict[str, Any]]:
+    """How many programs there are, weight and x as TMA reads them, and what is decided when the kernel is compiled.
 
-    `parts`: 2 where two strips make one result; `most`: strips in a stage.
+    `strips`: of results; `parts`: of the weight that make one; `most`: strips of the weight in a stage.
     """
-    k = weight.shape[1]
+    m, k = rows.shape
+    programs = multiprocessors(rows.device)
     groups = triton.cdiv(k, GROUP)
     copied = _copied(groups)
     strip = triton.cdiv(groups, copied) * copied * GROUP * STRIP * weight.element_size()
+    share = strips * parts * strip // programs
+    single = strips * parts <= programs  # in full stages for some, so that the next kernel has the others
+    limit = STAGE if single or SHORT < share < LONG else STAGE // 2
     each = 1
-    while 2 * each <= most and 2 * each * strip <= STAGE:
+    while 2 * each <= most and 2 * each * strip <= limit:
         each *= 2
-    tall = max(1, each // parts)
-    descriptors = _blocks(weight, WARPS * copied, STRIP * tall), _blocks(rows, WARPS * copied, STRIP)
+    copy_x = each == 1 and m >= (COPIED_ROWS if k > FEW_COLUMNS or share >= LONG else COPIED_ROWS_SHORT)
+    pieces = 2 if copy_x and GROUP * copied == MAX_COLUMNS else 1
+    whole = max(1, each // parts)
+    programs = min(programs, triton.cdiv(strips, whole))
+    stages = RING * pieces // (each * strip)
+    units = triton.cdiv(triton.cdiv(strips, programs) * parts, each) * pieces
+    if not single:
+        stages = min(stages, units + (pieces if copy_x else 0))
     options = {
-        "HIGH": rows.shape[0] > 8,
-        "COPY_X": each == 1 and rows.shape[0] >= COPIED_ROWS,
+        "HIGH": m > 8,
+        "COPY_X": copy_x,
         "EVEN": k % GROUP == 0,
         "GROUPS": groups,
-        "STAGES": RING // (each * strip),
+        "STAGES": stages,
+        "LATE": int(units > stages - (pieces if copy_x else 0)),
         "EACH": each,
+        "PIECES": pieces,
         "BLOCK": max(each, 2 * parts),
         "num_warps": WARPS,
         "launch_pdl": True,
     }
-    return descriptors, options
+    columns = WARPS * copied // pieces
+    descriptors = _blocks(weight, columns, STRIP * whole), _blocks(rows, columns, STRIP)
+    return (programs,), descriptors, options
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
@@ -96,12 +120,12 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool)
         return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = empty((*x.shape[:-1], n), x.dtype, x.device)
-    descriptors, options = _plan(rows, weight, 2 if gated else 1, 4)
     strips = triton.cdiv(n, STRIP)
+    grid, descriptors, options = _plan(rows, weight, strips, 2 if gated else 1, 4)
     with on_device(x):
         launch(
             strip_kernel,
-            (min(multiprocessors(x.device), strips),),
+            grid,
             *descriptors,
             rows,
             x if bias is None else bias,
@@ -135,13 +159,13 @@ def linear_rope(
     `tables`: cos and sin, contiguous in their last dimension; `strides`: of both, by sequence and position; `sizes`:
     rows of a sequence, heads that are rotated, columns of a half, which 8 divides. Both `fit`, and N is heads alone.
     """
-    descriptors, options = _plan(rows, weight, 2, 2)
     strips = weight.shape[0] // (2 * STRIP)
+    grid, descriptors, options = _plan(rows, weight, strips, 2, 2)
     length, heads, half = sizes
     with on_device(rows):
         launch(
             strip_heads_kernel,
-            (min(multiprocessors(rows.device), strips),),
+            grid,
             *descriptors,
             rows,
             rows if bias is None else bias,

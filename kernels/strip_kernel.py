@@ -3,10 +3,11 @@
 
 Eight rows of the weight with all their columns are a strip; strips are dealt out to as many programs as there are
 multiprocessors, so that no sum is shared between programs and none has to wait for another at its end. TMA brings them
-into a ring, which is filled before a program waits for the kernel that computes x, as in `stream_kernel`. The warps of
-a program share the columns: each keeps its columns of x in registers from the first strip to the last, as operand of
-`mma.m16n8k16`, and reads its columns of a strip as the other operand, 16 bytes a thread. These are columns in another
-order than the instruction counts them in, of x and of the weight alike; a sum over columns does not mind.
+into a ring, which is filled before a program waits for the kernel that computes x, as in `stream_kernel`, but for what
+x would then have to wait for: copies come one after the other. The warps of a program share the columns: each keeps
+its columns of x in registers from the first strip to the last, as operand of `mma.m16n8k16`, and reads its columns of a
+strip as the other operand, 16 bytes a thread. These are columns in another order than the instruction counts them in,
+of x and of the weight alike; a sum over columns does not mind.
 
 Gate and up, or the two halves of a head that is rotated, are two strips that make one result (PARTS).
 """
@@ -74,12 +75,18 @@ def _row(strip, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr):
 
 
 @gluon.jit
-def _copy(w_desc, bufs, full, stage, strip, last, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr,
-          STAGES: gl.constexpr, EACH: gl.constexpr):  # fmt: skip
-    """Asks for EACH strips into a stage, if there are so many. `bufs`: for each stage the copies of each part."""
+def _copy(
+    w_desc, bufs, full, stage, unit, first, last, half, N, PARTS: gl.constexpr, ROPE: gl.constexpr,
+    STAGES: gl.constexpr, EACH: gl.constexpr, PIECES: gl.constexpr,
+):  # fmt: skip
+    """Asks for what a stage holds: the `unit`-th EACH strips of a program, or the `unit`-th of PIECES of a strip.
+
+    `bufs`: for each stage the copies of each part.
+    """
     INSIDE: gl.constexpr = PARTS if EACH > 1 else 1
     COPIES: gl.constexpr = bufs.shape[0] // (STAGES * INSIDE)
     BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
+    strip = first + unit // PIECES * EACH
     wanted = strip < last
     bar = full.index(stage)
     mbarrier.expect(bar, INSIDE * COPIES * w_desc.block_type.nbytes, pred=wanted)
@@ -87,7 +94,8 @@ def _copy(w_desc, bufs, full, stage, strip, last, half, N, PARTS: gl.constexpr, 
         row = _row(strip + part, half, N, PARTS, ROPE)
         for i in gl.static_range(COPIES):
             buf = bufs.index((stage * INSIDE + part) * COPIES + i)
-            tma.async_copy_global_to_shared(w_desc, [i * BLOCKS, row, 0], bar, buf, pred=wanted)
+            block = (unit % PIECES * COPIES + i) * BLOCKS
+            tma.async_copy_global_to_shared(w_desc, [block, row, 0], bar, buf, pred=wanted)
 
 
 @gluon.jit
@@ -118,7 +126,7 @@ def _columns(words, first, group: gl.constexpr, place: gl.constexpr, layout: gl.
 
 @gluon.jit
 def _copied_rows(words, first, layout: gl.constexpr, COUNT: gl.constexpr):
-    """As `_rows_of_x` where eight rows of x have been copied to a stage."""
+    """As `_rows_of_x` where eight rows of x have been copied to stages."""
     found = ()
     for group in gl.static_range(COUNT):
         found = found + (_columns(words, first, group, 0, layout),)  # noqa: RUF005
@@ -126,25 +134,33 @@ def _copied_rows(words, first, layout: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _products(words, first, place: gl.constexpr, x, high, layout: gl.constexpr, KIND: gl.constexpr, HIGH: gl.constexpr):
-    """A warp's sums of products of a strip `[warps, 8, 32]`, in two chains, since each product waits for one before.
+def _products(
+    words, first, place: gl.constexpr, x, high, one, two, layout: gl.constexpr, KIND: gl.constexpr, HIGH: gl.constexpr,
+    FROM: gl.constexpr, COUNT: gl.constexpr,
+):  # fmt: skip
+    """Adds products of a strip to a warp's sums `[warps, 8, 32]`, in two chains, since each waits for one before it.
 
-    The strip's columns begin in the buffer `first`, its rows with the `place`-th eight.
+    Of COUNT groups of columns from FROM on, as far as there are any, which begin in the buffer `first`; the strip's
+    rows begin with the `place`-th eight.
     """
     ASM: gl.constexpr = _multiply(KIND, HIGH)
     CONSTRAINTS: gl.constexpr = _constraints(HIGH)
-    WARPS: gl.constexpr = gl.num_warps()
-    acc = gl.zeros((WARPS, 8, 32), gl.float32, layout)
-    other = acc
-    for group in gl.static_range(len(x)):
-        w = _columns(words, first, group, place, layout)
-        if HIGH:
-            new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], high[group], acc], gl.float32, True, 4)
-        else:
-            new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], acc], gl.float32, True, 4)
-        acc = other
-        other = new
-    return gl.sum(gl.reshape(acc + other, [WARPS, 8, 4, 2, 4]), 3)
+    for group in gl.static_range(FROM, FROM + COUNT):
+        if group < len(x):
+            w = _columns(words, first, group - FROM, place, layout)
+            if HIGH:
+                new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], high[group], one], gl.float32, True, 4)
+            else:
+                new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], one], gl.float32, True, 4)
+            one = two
+            two = new
+    return one, two
+
+
+@gluon.jit
+def _added(one, two):
+    """Both chains, and a thread's columns: `[warps, 8, 4, 4]`."""
+    return gl.sum(gl.reshape(one + two, [gl.num_warps(), 8, 4, 2, 4]), 3)
 
 
 @gluon.jit
@@ -189,7 +205,7 @@ def _strips(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr,
     COPY_X: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr,
-    BLOCK: gl.constexpr,
+    BLOCK: gl.constexpr, PIECES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     dtype: gl.constexpr = w_desc.dtype
@@ -198,20 +214,21 @@ def _strips(
     WARPS: gl.constexpr = gl.num_warps()
     BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
-    COPIES: gl.constexpr = (GROUPS * WARPS + BLOCKS - 1) // BLOCKS
+    COPIES: gl.constexpr = ((GROUPS * WARPS + BLOCKS - 1) // BLOCKS + PIECES - 1) // PIECES
+    TAKEN: gl.constexpr = COPIES * BLOCKS // WARPS  # groups of columns in a piece
     INSIDE: gl.constexpr = PARTS if EACH > 1 else 1  # parts of a result in a stage
     BUFFERS: gl.constexpr = STAGES * INSIDE * COPIES
     bufs = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCKS, ROWS, 64], w_desc.layout)
     words = bufs._reinterpret(gl.int32, [BUFFERS, BLOCKS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 3))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES + 1):
         mbarrier.init(full.index(i), count=1)
     thread_barrier()
     first = gl.program_id(0) * strips // gl.num_programs(0) * PARTS
     last = (gl.program_id(0) + 1) * strips // gl.num_programs(0) * PARTS
-    FILLED: gl.constexpr = STAGES - 1 if COPY_X else STAGES  # stages that have weights before the wait
-    for i in gl.static_range(FILLED):
-        _copy(w_desc, bufs, full, i, first + i * EACH, last, half, N, PARTS, ROPE, STAGES, EACH)
+    FILLED: gl.constexpr = STAGES - PIECES if COPY_X else STAGES  # stages that x does not pass through
+    for i in gl.static_range(FILLED - LATE):
+        _copy(w_desc, bufs, full, i, i, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
     layout: gl.constexpr = _layout(WARPS)
     warp = gl.expand_dims(gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
     row = gl.expand_dims(gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0), 2)
@@ -219,51 +236,58 @@ def _strips(
     k = warp * 32 + k
     gdc_wait()
     if COPY_X:
-        bar = full.index(FILLED)
-        mbarrier.expect(bar, COPIES * x_desc.block_type.nbytes)
-        for i in gl.static_range(COPIES):
+        bar = full.index(STAGES)
+        mbarrier.expect(bar, PIECES * COPIES * x_desc.block_type.nbytes)
+        for i in gl.static_range(PIECES * COPIES):
             tma.async_copy_global_to_shared(x_desc, [i * BLOCKS, 0, 0], bar, bufs.index(FILLED * COPIES + i))
+    for i in gl.static_range(FILLED - LATE, FILLED):
+        _copy(w_desc, bufs, full, i, i, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
     if HIGH:
         high = _rows_of_x(x_ptr, row + 8, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
     if COPY_X:
-        mbarrier.wait(full.index(FILLED), 0)
+        mbarrier.wait(full.index(STAGES), 0)
         x = _copied_rows(words, FILLED * COPIES, layout, GROUPS)
-        _copy(w_desc, bufs, full, FILLED, first + FILLED, last, half, N, PARTS, ROPE, STAGES, EACH)
+        for i in gl.static_range(FILLED, STAGES):
+            _copy(w_desc, bufs, full, i, i, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
     else:
         x = _rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
     if not HIGH:
         high = x
-    ahead = first + STAGES * EACH
+    ahead = STAGES
     stage = 0
     phase = 0
+    zeros = gl.zeros((WARPS, 8, 32), gl.float32, layout)
     for block in range(first, last, BLOCK):
         sums = ()
         for i in gl.static_range(BLOCK // EACH):
             if EACH == 1:
                 acc = gl.zeros((WARPS, 8, 4, 4), gl.float32, _sums(WARPS))
                 if block + i < last:
-                    if COPY_X:  # the last stage has been waited for once more
-                        mbarrier.wait(full.index(stage), phase ^ (stage == FILLED).to(gl.int32))
-                    else:
+                    one = zeros
+                    two = zeros
+                    for piece in gl.static_range(PIECES):
                         mbarrier.wait(full.index(stage), phase)
-                    acc = gl.convert_layout(
-                        _products(words, stage * COPIES, 0, x, high, layout, dtype, HIGH), _sums(WARPS), True
-                    )  # fmt: skip
-                    _copy(w_desc, bufs, full, stage, ahead, last, half, N, PARTS, ROPE, STAGES, EACH)
-                    ahead += EACH
-                    stage += 1
-                    if stage == STAGES:
-                        stage = 0
-                        phase ^= 1
+                        one, two = _products(
+                            words, stage * COPIES, 0, x, high, one, two, layout, dtype, HIGH, piece * TAKEN, TAKEN
+                        )  # fmt: skip
+                        _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
+                        ahead += 1
+                        stage += 1
+                        if stage == STAGES:
+                            stage = 0
+                            phase ^= 1
+                    acc = gl.convert_layout(_added(one, two), _sums(WARPS), True)
                 sums = sums + (acc,)  # noqa: RUF005
             else:
                 mbarrier.wait(full.index(stage), phase, pred=block + i * EACH < last)
                 for j in gl.static_range(EACH):
                     buf = (stage * INSIDE + j % INSIDE) * COPIES
-                    acc = _products(words, buf, j // INSIDE, x, high, layout, dtype, HIGH)
-                    sums = sums + (acc,)  # noqa: RUF005
-                _copy(w_desc, bufs, full, stage, ahead, last, half, N, PARTS, ROPE, STAGES, EACH)
-                ahead += EACH
+                    one, two = _products(
+                        words, buf, j // INSIDE, x, high, zeros, zeros, layout, dtype, HIGH, 0, GROUPS
+                    )  # fmt: skip
+                    sums = sums + (_added(one, two),)  # noqa: RUF005
+                _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
+                ahead += 1
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -302,12 +326,14 @@ def strip_kernel(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr,
     EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+    PIECES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """K and stride_x in units of 16 bytes. HIGH: more than 8 rows of x. GROUPS: of 64 columns for each warp. A stage of
-    the ring holds EACH strips, and BLOCK are finished at once. `strips`: gated those of gate."""
+    """K and stride_x in units of 16 bytes. HIGH: more than 8 rows of x. COPY_X: eight come through the ring's last
+    stages. GROUPS: of 64 columns for each warp. A stage of the ring holds EACH strips, or one of PIECES of a strip;
+    LATE stages are asked for behind x. BLOCK strips are finished at once. `strips`: gated those of gate."""
     _strips(
         w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED,
-        None, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK,
+        None, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip
 
 
@@ -316,11 +342,12 @@ def strip_heads_kernel(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
     cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads, half,
     HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr, EVEN: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr, PIECES: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """As `strip_kernel` without an activation; of heads of two halves the first `heads` are rotated, in PRODUCT."""
     rope = (cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s)
     _strips(
         w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
-        "identity", False, PRODUCT, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK,
+        "identity", False, PRODUCT, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip

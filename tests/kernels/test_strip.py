@@ -43,7 +43,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (8 * 132 * 3 + 3, 960),  # four strips in a stage, and programs with three of them
         (2120, 1024),
         (4100, 1536),
-        (1500, 2048),  # two strips in a stage
+        (100, 2048),  # two strips in a stage, and half of the programs
+        (1500, 2048),  # as many stages as a program has strips
+        (6400, 2048),  # more strips than stages
         (3000, 2304),  # columns behind the last
         (6400, 3584),
         (9000, 4096),
