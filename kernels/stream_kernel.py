@@ -6,9 +6,10 @@ steps, tile by tile, are dealt out in equal shares to as many programs as there 
 are the matrix unit's first operand, rows of x the second, 8 to 64 wide; both come by TMA. Where the weight is that of
 q, k and v, a tile is a head of 128 rows, its halves as gate and up are: the program that ends it turns it as well.
 
-The ring is filled with weights before a program waits for the kernel that computes x: the memory is busy while that
-kernel ends. What wrote the weight must have ended when the last kernel launched without `launch_pdl` began, as in
-`paged_decode_kernel`: from the kernel right in front nothing is promised before the wait, whatever its launch.
+The ring is filled with weights before a program waits for the kernel that computes x, but for one stage that x would
+have to wait for: the memory is busy while that kernel ends. What wrote the weight must have ended when the last kernel
+launched without `launch_pdl` began, as in `paged_decode_kernel`: from the kernel right in front nothing is promised
+before the wait, whatever its launch.
 
 A tile whose steps lie in several shares is left in parts. The last of its programs adds them up, in the order of the
 programs: the result has the same bits each time.
@@ -170,7 +171,7 @@ def _stream(
     programs = gl.num_programs(0)
     first = place * steps // programs
     last = (place + 1) * steps // programs
-    EARLY: gl.constexpr = STAGES - 2  # x comes behind what is asked for before it, so one stage waits for that as well
+    EARLY: gl.constexpr = STAGES - 2  # copies come in their order: the last is asked for behind x, which waits for less
     for i in gl.static_range(EARLY):
         _ask(x_desc, w_desc, x_bufs, w_bufs, full, i, first + i, last, depth, TILE, up_offset, PARTS, True, False)
     gdc_wait()

@@ -29,20 +29,19 @@ RING: Final = 208 * 1024
 STAGE: Final = 64 * 1024
 """Bytes of a stage at most: a strip, or as many short ones as fit, up to four (of heads two)."""
 SHORT: Final = 100 * 1024
-"""Bytes of weight for each program, up to which a ring for no more than them lets two programs share a multiprocessor.
+"""Bytes of weight for each program, up to which stages are half as large, so that few are needed.
 
-The next kernel's weights are then on their way before this one's last have come. Stages are half as large."""
+Up to 2048 columns two programs then mostly fit in a multiprocessor, and the next kernel's weights are on their way
+before this one's last have come."""
 LONG: Final = 192 * 1024
 """Bytes of weight for each program, from which on stages of half the size are worth their barriers."""
 MAX_ROWS: Final = 16
 COPIED_ROWS: Final = 5
 """Of x, from which on stages of the ring first bring them: fewer arrive sooner by loads of the threads."""
 COPIED_ROWS_SHORT: Final = 9
-"""The same where columns are few and no program has LONG."""
+"""The same where strips are short and no program has LONG."""
 MAX_COLUMNS: Final = 4096
 """Columns of x that fit in the registers of a program."""
-FEW_COLUMNS: Final = 2048
-"""Columns up to which a stage of half the size holds a strip."""
 
 
 def _copied(groups: int) -> int:
@@ -88,21 +87,22 @@ def _plan(
     each = 1
     while 2 * each <= most and 2 * each * strip <= limit:
         each *= 2
-    copy_x = each == 1 and m >= (COPIED_ROWS if k > FEW_COLUMNS or share >= LONG else COPIED_ROWS_SHORT)
-    pieces = 2 if copy_x and GROUP * copied == MAX_COLUMNS else 1
+    copy_x = each == 1 and m >= (COPIED_ROWS if strip > STAGE // 2 or share >= LONG else COPIED_ROWS_SHORT)
+    pieces = 2 if copy_x and strip == STAGE else 1
+    held = pieces if copy_x else 0  # stages that x comes through
     whole = max(1, each // parts)
     programs = min(programs, triton.cdiv(strips, whole))
-    stages = RING * pieces // (each * strip)
     units = triton.cdiv(triton.cdiv(strips, programs) * parts, each) * pieces
+    stages = RING * pieces // (each * strip)
     if not single:
-        stages = min(stages, units + (pieces if copy_x else 0))
+        stages = min(stages, units + held)
     options = {
         "HIGH": m > 8,
         "COPY_X": copy_x,
         "EVEN": k % GROUP == 0,
         "GROUPS": groups,
         "STAGES": stages,
-        "LATE": int(units > stages - (pieces if copy_x else 0)),
+        "LATE": int(units > stages - held),
         "EACH": each,
         "PIECES": pieces,
         "BLOCK": max(each, 2 * parts),
@@ -116,9 +116,9 @@ def _plan(
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if not fits(rows, weight):
-        return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
+    if n == 0 or not fits(rows, weight):
+        return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
     y = empty((*x.shape[:-1], n), x.dtype, x.device)
     strips = triton.cdiv(n, STRIP)
     grid, descriptors, options = _plan(rows, weight, strips, 2 if gated else 1, 4)

@@ -1,13 +1,13 @@
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 """Matrix products of 1 to 16 rows of x for Hopper, in Gluon: strips of the weight stream through shared memory.
 
-Eight rows of the weight with all their columns are a strip; strips are dealt out to as many programs as there are
-multiprocessors, so that no sum is shared between programs and none has to wait for another at its end. TMA brings them
-into a ring, which is filled before a program waits for the kernel that computes x, as in `stream_kernel`, but for what
-x would then have to wait for: copies come one after the other. The warps of a program share the columns: each keeps
-its columns of x in registers from the first strip to the last, as operand of `mma.m16n8k16`, and reads its columns of a
-strip as the other operand, 16 bytes a thread. These are columns in another order than the instruction counts them in,
-of x and of the weight alike; a sum over columns does not mind.
+Eight rows of the weight with all their columns are a strip; strips are dealt out to at most as many programs as there
+are multiprocessors, so that no sum is shared between programs and none has to wait for another at its end. TMA brings
+them into a ring, which is filled before a program waits for the kernel that computes x, as in `stream_kernel`, but for
+what x would then have to wait for: copies come one after the other. The warps of a program share the columns: each
+keeps its columns of x in registers from the first strip to the last, as operand of `mma.m16n8k16`, and reads its
+columns of a strip as the other operand, 16 bytes a thread. These are columns in another order than the instruction
+counts them in, of x and of the weight alike; a sum over columns does not mind.
 
 Gate and up, or the two halves of a head that is rotated, are two strips that make one result (PARTS).
 """
@@ -96,6 +96,16 @@ def _copy(
             buf = bufs.index((stage * INSIDE + part) * COPIES + i)
             block = (unit % PIECES * COPIES + i) * BLOCKS
             tma.async_copy_global_to_shared(w_desc, [block, row, 0], bar, buf, pred=wanted)
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage behind, and the phase of its barrier."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
 
 
 @gluon.jit
@@ -214,7 +224,7 @@ def _strips(
     WARPS: gl.constexpr = gl.num_warps()
     BLOCKS: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = w_desc.block_type.shape[1]
-    COPIES: gl.constexpr = ((GROUPS * WARPS + BLOCKS - 1) // BLOCKS + PIECES - 1) // PIECES
+    COPIES: gl.constexpr = (GROUPS * WARPS + BLOCKS - 1) // BLOCKS // PIECES
     TAKEN: gl.constexpr = COPIES * BLOCKS // WARPS  # groups of columns in a piece
     INSIDE: gl.constexpr = PARTS if EACH > 1 else 1  # parts of a result in a stage
     BUFFERS: gl.constexpr = STAGES * INSIDE * COPIES
@@ -272,10 +282,7 @@ def _strips(
                         )  # fmt: skip
                         _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
                         ahead += 1
-                        stage += 1
-                        if stage == STAGES:
-                            stage = 0
-                            phase ^= 1
+                        stage, phase = _next(stage, phase, STAGES)
                     acc = gl.convert_layout(_added(one, two), _sums(WARPS), True)
                 sums = sums + (acc,)  # noqa: RUF005
             else:
@@ -288,10 +295,7 @@ def _strips(
                     sums = sums + (_added(one, two),)  # noqa: RUF005
                 _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
                 ahead += 1
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
+                stage, phase = _next(stage, phase, STAGES)
         acc, up = _together(sums, PARTS)
         COUNT: gl.constexpr = BLOCK // PARTS  # of strips, gated: of pairs
         at = gl.arange(0, 128 * COUNT, acc.type.layout)

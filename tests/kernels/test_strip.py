@@ -40,7 +40,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (1, 64),  # less than a strip
         (77, 192),
         (1000, 512),
-        (8 * 132 * 3 + 3, 960),  # four strips in a stage, and programs with three of them
+        (26000, 64),  # four strips in a stage, more than stages
+        (8 * 132 * 3 + 3, 960),  # two strips in a stage, and programs with three of them
+        (14000, 576),
+        (5000, 1024),
         (2120, 1024),
         (4100, 1536),
         (100, 2048),  # two strips in a stage, and half of the programs
@@ -49,6 +52,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (3000, 2304),  # columns behind the last
         (6400, 3584),
         (9000, 4096),
+        (700, 2560),  # a strip for each program
+        (1500, 3520),  # pieces, of which the second has fewer columns
+        (500, 3648),
     ],
 )
 def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
@@ -98,11 +104,12 @@ def test_heads_are_rotated(rows: tuple[int, int], head: int, depth: int) -> None
 
 @pytest.mark.gpu
 @on_hopper
-def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream() -> None:
+@pytest.mark.parametrize("size", [2048, 4096])  # all of a program's weights in the ring, x through its last stages
+def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream(size: int) -> None:
     """Of dependent products."""
     run = choice.bind(linear_act, [KERNELS["linear_act"]])
-    weights = [normal(2048, 2048) / 45 for _ in range(4)]
-    inputs = [normal(8, 2048) for _ in range(3)]
+    weights = [normal(size, size) / size**0.5 for _ in range(4)]
+    inputs = [normal(8, size) for _ in range(3)]
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         for weight in weights * 8:
@@ -120,6 +127,27 @@ def test_what_is_copied_covers_the_columns(groups: int) -> None:
     strip = copies * size * strip_gluon.GROUP * strip_gluon.STRIP * 2
     assert strip <= strip_gluon.STAGE
     assert strip_gluon.RING // strip >= 3  # stages
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_plans_have_room_for_weights_beside_x(rows: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strip_gluon, "multiprocessors", lambda device: 132)
+    for depth in (64, 960, 1024, 1536, 2048, 2560, 3520, 4096):
+        for strips in (1, 40, 66, 133, 200, 400, 1000, 4000):
+            x, weight = (torch.empty(n, depth, dtype=torch.bfloat16) for n in (rows, 8))
+            (programs,), (copied, _), plan = strip_gluon._plan(x, weight, strips, parts, 4)
+            assert 1 <= programs <= min(132, strips)
+            without_x = plan["STAGES"] - (plan["PIECES"] if plan["COPY_X"] else 0)
+            assert without_x >= 1
+            assert plan["LATE"] <= without_x
+            copies = -(-plan["GROUPS"] * strip_gluon.WARPS // copied.block_shape[0]) // plan["PIECES"]
+            inside = parts if plan["EACH"] > 1 else 1
+            stage = 2 * copies * inside * copied.block_shape[0] * copied.block_shape[1] * 64
+            assert plan["STAGES"] * stage <= strip_gluon.RING
+            columns = copies * plan["PIECES"] * copied.block_shape[0] * 64
+            assert columns >= depth
+            assert stage * plan["PIECES"] == 16 * columns * plan["EACH"]
 
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
