@@ -130,6 +130,11 @@ def test_peers_are_reused_where_an_anchor_agrees(tmp_path: Path) -> None:
     assert isinstance(earlier.result("compile", now, blank, slower), str), "the host is slower today"
     graphs = earlier.result("compile-graphs", now, blank, slower)
     assert isinstance(graphs, Result) and graphs.candidate == "compile-graphs", "the device is not"
+    busy, busier = (replace(slower, host_ms=ms) for ms in (10.0, 20.0))
+    before.results = [replace(same, host_ms=10.0), replace(timed("m 1x8", "compile-graphs", 4.0), host_ms=0.3)]
+    file.write_text(json.dumps(before.to_dict()))
+    assert isinstance(Earlier(str(file)).result("compile-graphs", now, blank, busy), Result)
+    assert isinstance(Earlier(str(file)).result("compile-graphs", now, blank, busier), str), "0.3 of 4 ms more"
     now.rates["copy_tb_s"] = 3.0
     assert isinstance(earlier.result("compile-graphs", now, blank, slower), str)
     assert earlier.result("compile-max", now, blank, same) is None
