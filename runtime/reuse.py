@@ -50,7 +50,7 @@ class Earlier:
             if self._plain["versions"].get(package) != now.versions.get(package):
                 return f"the earlier run had {package} {self._plain['versions'].get(package)}"
         if not self._agrees(old, now, blank, eager):
-            return f"neither eager nor the device's rates, beside the host's share, are within {AGREE:.0%} of what they were"
+            return f"neither eager nor device and host are within {AGREE:.0%} of the earlier run's"
         timing = Timing(**old["timing"])
         kept = {k: old[k] for k in ("host_ms", "first_s", "peak_gb", "error", "error_eager", "bound", "problem")}
         return replace(blank, candidate=candidate, timing=timing, reused=self._plain["date"], **kept)
