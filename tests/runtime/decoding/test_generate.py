@@ -388,6 +388,7 @@ def test_more_sequences_than_go_on_in_step(pair: Pair) -> None:
     """The engine alone takes any number; HuggingFace's loops over pages as many as there are rows."""
     many = {**PROMPT, "input_ids": IDS.repeat(5, 1), "attention_mask": MASK.repeat(5, 1), "max_new_tokens": 3}
     pair.check(FAST, **many)
+    warnings.filterwarnings("ignore", ".*past_key_values with content")  # said once, if no test before this was told
     with pytest.warns(RegraftWarning, match="15 sequences in step, more than max_batch_size=12: "):
         pair.check(HUGGINGFACE, **many, logits_processor=tf.LogitsProcessorList([Bump()]))
     with pytest.warns(RegraftWarning, match="30 sequences in step"):
