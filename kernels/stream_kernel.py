@@ -28,16 +28,6 @@ from .wgmma_kernel import weighted
 
 
 @gluon.jit
-def _copy_weight(w_desc, w_bufs, bar, stage, row, col, up_offset, wanted, PARTS: gl.constexpr):
-    if PARTS == 2:
-        tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(2 * stage), pred=wanted)
-        up = w_bufs.index(2 * stage + 1)
-        tma.async_copy_global_to_shared(w_desc, [row + up_offset, col], bar, up, pred=wanted)
-    else:
-        tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(stage), pred=wanted)
-
-
-@gluon.jit
 def _ask(
     x_desc, w_desc, x_bufs, w_bufs, full, stage, step, last, depth, TILE: gl.constexpr, up_offset,
     PARTS: gl.constexpr, WEIGHT: gl.constexpr, X: gl.constexpr,
@@ -49,7 +39,11 @@ def _ask(
     if WEIGHT:
         BYTES: gl.constexpr = PARTS * w_desc.block_type.nbytes + x_desc.block_type.nbytes
         mbarrier.expect(bar, BYTES, pred=wanted)
-        _copy_weight(w_desc, w_bufs, bar, stage, step // depth * TILE, col, up_offset, wanted, PARTS)
+        row = step // depth * TILE
+        tma.async_copy_global_to_shared(w_desc, [row, col], bar, w_bufs.index(PARTS * stage), pred=wanted)
+        if PARTS == 2:
+            up = w_bufs.index(2 * stage + 1)
+            tma.async_copy_global_to_shared(w_desc, [row + up_offset, col], bar, up, pred=wanted)
     if X:
         tma.async_copy_global_to_shared(x_desc, [0, col], bar, x_bufs.index(stage), pred=wanted)
 
