@@ -1,4 +1,4 @@
-"""The q, k and v projection of up to 16 rows on Hopper at the speed of the memory, with norm and rotation.
+"""The q, k and v projection of up to 32 rows on Hopper at the speed of the memory, with norm and rotation.
 
 Heads without a norm that are rotated whole are turned by the programs of the product, others in place behind it.
 """

@@ -1,4 +1,4 @@
-"""Linear layers of up to 16 rows on Hopper at the speed of the memory: launches `strip_kernel`.
+"""Linear layers of up to 32 rows on Hopper at the speed of the memory: launches `strip_kernel`.
 
 Calls that the kernel cannot read, or that have other sizes, are left to `stream_gluon`.
 """
@@ -35,13 +35,15 @@ Up to 2048 columns two programs then mostly fit in a multiprocessor, and the nex
 before this one's last have come."""
 LONG: Final = 192 * 1024
 """Bytes of weight for each program, from which on stages of half the size are worth their barriers."""
-MAX_ROWS: Final = 16
+BUSY: Final = 0.9
+"""Share of the multiprocessors that must have a stage for more than 16 rows to have more than one strip in it."""
+MAX_ROWS: Final = 32
 COPIED_ROWS: Final = 5
 """Of x, from which on stages of the ring first bring them: fewer arrive sooner by loads of the threads."""
 COPIED_ROWS_SHORT: Final = 9
 """The same where strips are short and no program has LONG."""
 MAX_COLUMNS: Final = 4096
-"""Columns of x that fit in the registers of a program."""
+"""Columns of 16 rows of x that fit in the registers of a program; of more rows half as many do."""
 
 
 def _copied(groups: int) -> int:
@@ -59,7 +61,8 @@ def _refuse_sizes(m: int, k: int) -> str | None:
         return f"x has {m} rows; this kernel is for {MAX_ROWS} at most"
     if k % 64:
         return f"x has {k} columns, which 64 does not divide"
-    return f"x has {k} columns; this kernel takes {MAX_COLUMNS} at most" if k > MAX_COLUMNS else None
+    most = MAX_COLUMNS if m <= 16 else MAX_COLUMNS // 2
+    return f"x has {m} rows of {k} columns; this kernel takes {most} columns of so many at most" if k > most else None
 
 
 def _blocks(x: Tensor, columns: int, rows: int) -> TensorDescriptor:
@@ -83,9 +86,11 @@ def _plan(
     strip = triton.cdiv(groups, copied) * copied * GROUP * STRIP * weight.element_size()
     share = strips * parts * strip // programs
     single = strips * parts <= programs  # in full stages for some, so that the next kernel has the others
-    limit = STAGE if single or SHORT < share < LONG else STAGE // 2
+    full = share < LONG and (share > SHORT or m > 16)
+    limit = STAGE if single or full else STAGE // 2
+    least = BUSY * programs if m > 16 and not single else 0  # stages in all
     each = 1
-    while 2 * each <= most and 2 * each * strip <= limit:
+    while 2 * each <= most and 2 * each * strip <= limit and 2 * each * least <= strips * parts:
         each *= 2
     copy_x = each == 1 and m >= (COPIED_ROWS if strip > STAGE // 2 or share >= LONG else COPIED_ROWS_SHORT)
     pieces = 2 if copy_x and strip == STAGE else 1
@@ -97,7 +102,7 @@ def _plan(
     if not single:
         stages = min(stages, units + held)
     options = {
-        "HIGH": m > 8,
+        "EIGHTS": 1 if m <= 8 else 2 if m <= 16 else 4,
         "COPY_X": copy_x,
         "EVEN": k % GROUP == 0,
         "GROUPS": groups,

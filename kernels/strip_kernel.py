@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
-"""Matrix products of 1 to 16 rows of x for Hopper, in Gluon: strips of the weight stream through shared memory.
+"""Matrix products of 1 to 32 rows of x for Hopper, in Gluon: strips of the weight stream through shared memory.
 
 Eight rows of the weight with all their columns are a strip; strips are dealt out to at most as many programs as there
 are multiprocessors, so that no sum is shared between programs and none has to wait for another at its end. TMA brings
@@ -7,7 +7,8 @@ them into a ring, which is filled before a program waits for the kernel that com
 what x would then have to wait for: copies come one after the other. The warps of a program share the columns: each
 keeps its columns of x in registers from the first strip to the last, as operand of `mma.m16n8k16`, and reads its
 columns of a strip as the other operand, 16 bytes a thread. These are columns in another order than the instruction
-counts them in, of x and of the weight alike; a sum over columns does not mind.
+counts them in, of x and of the weight alike; a sum over columns does not mind. Each 16 rows of x are multiplied by what
+has been read of a strip: twice where there are more, which leaves registers for half as many columns.
 
 Gate and up, or the two halves of a head that is rotated, are two strips that make one result (PARTS).
 """
@@ -145,46 +146,66 @@ def _copied_rows(words, first, layout: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def _products(
-    words, first, place: gl.constexpr, x, high, one, two, layout: gl.constexpr, KIND: gl.constexpr, HIGH: gl.constexpr,
-    FROM: gl.constexpr, COUNT: gl.constexpr,
+    words, first, place: gl.constexpr, x, ones, twos, layout: gl.constexpr, KIND: gl.constexpr, FROM: gl.constexpr,
+    COUNT: gl.constexpr,
 ):  # fmt: skip
-    """Adds products of a strip to a warp's sums `[warps, 8, 32]`, in two chains, since each waits for one before it.
+    """Adds products of a strip to a warp's sums `[warps, 8, 32]`, of each 16 rows of x.
 
-    Of COUNT groups of columns from FROM on, as far as there are any, which begin in the buffer `first`; the strip's
-    rows begin with the `place`-th eight.
+    In two chains, since each waits for one before it. `x`: of each eight rows their groups of columns. Of COUNT groups
+    from FROM on, as far as there are any, which begin in the buffer `first`; the strip's rows begin with the `place`-th
+    eight.
     """
+    HIGH: gl.constexpr = len(x) > 1
     ASM: gl.constexpr = _multiply(KIND, HIGH)
     CONSTRAINTS: gl.constexpr = _constraints(HIGH)
     for group in gl.static_range(FROM, FROM + COUNT):
-        if group < len(x):
+        if group < len(x[0]):
             w = _columns(words, first, group - FROM, place, layout)
-            if HIGH:
-                new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], high[group], one], gl.float32, True, 4)
-            else:
-                new = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [w, x[group], one], gl.float32, True, 4)
-            one = two
-            two = new
-    return one, two
+            new = ()
+            for tile in gl.static_range(len(ones)):
+                if HIGH:
+                    given = [w, x[2 * tile][group], x[2 * tile + 1][group], ones[tile]]
+                else:
+                    given = [w, x[0][group], ones[tile]]
+                new = new + (gl.inline_asm_elementwise(ASM, CONSTRAINTS, given, gl.float32, True, 4),)  # noqa: RUF005
+            ones = twos
+            twos = new
+    return ones, twos
 
 
 @gluon.jit
-def _added(one, two):
-    """Both chains, and a thread's columns: `[warps, 8, 4, 4]`."""
-    return gl.sum(gl.reshape(one + two, [gl.num_warps(), 8, 4, 2, 4]), 3)
+def _zeros(shape: gl.constexpr, layout: gl.constexpr, TILES: gl.constexpr):
+    """Sums to begin with, of each 16 rows of x."""
+    found = ()
+    for _ in gl.static_range(TILES):
+        found = found + (gl.zeros(shape, gl.float32, layout),)  # noqa: RUF005
+    return found
 
 
 @gluon.jit
-def _together(sums, PARTS: gl.constexpr):
+def _added(ones, twos):
+    """Both chains, and a thread's columns: `[warps, 8, 4, 4]`, of each 16 rows of x."""
+    WARPS: gl.constexpr = gl.num_warps()
+    found = ()
+    for tile in gl.static_range(len(ones)):
+        acc = gl.sum(gl.reshape(ones[tile] + twos[tile], [WARPS, 8, 4, 2, 4]), 3)
+        found = found + (gl.convert_layout(acc, _sums(WARPS), True),)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _together(sums, tile: gl.constexpr, PARTS: gl.constexpr):
     """Sums `[warps, 8, 4, 4]` of the strips of a block, added up over warps: `[8, 4, 4, strips]` as a vector.
 
-    With two PARTS two vectors, of every other strip.
+    Those of the `tile`-th 16 rows of x. With two PARTS two vectors, of every other strip.
     """
     COUNT: gl.constexpr = len(sums)
     WARPS: gl.constexpr = gl.num_warps()
     if COUNT == 2:
-        one = gl.permute(gl.join(sums[0], sums[1]), (1, 2, 3, 4, 0))
+        one = gl.permute(gl.join(sums[0][tile], sums[1][tile]), (1, 2, 3, 4, 0))
     else:
-        one = gl.permute(gl.join(gl.join(sums[0], sums[2]), gl.join(sums[1], sums[3])), (1, 2, 3, 4, 5, 0))
+        even = gl.join(sums[0][tile], sums[2][tile])
+        one = gl.permute(gl.join(even, gl.join(sums[1][tile], sums[3][tile])), (1, 2, 3, 4, 5, 0))
     EACH: gl.constexpr = COUNT * 4 // WARPS if COUNT * 4 > WARPS * PARTS else PARTS
     layout: gl.constexpr = gl.BlockedLayout([EACH, WARPS], [32, 1], [WARPS, 1], [1, 0])
     found = gl.sum(gl.convert_layout(gl.reshape(one, [128 * COUNT, WARPS]), layout), 1)
@@ -211,9 +232,46 @@ def _turned(x1, x2, t, r, used, length, rope, half, PRODUCT: gl.constexpr):
 
 
 @gluon.jit
+def _finish(
+    acc, up, block, last, tile: gl.constexpr, M, N, b_ptr, y_ptr, stride_b, rope, length, heads, half,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation or rotation, and store of what `_together` made of a block and the `tile`-th 16 rows of x."""
+    ROPE: gl.constexpr = PRODUCT is not None
+    PARTS: gl.constexpr = 2 if GATED or ROPE else 1
+    COUNT: gl.constexpr = acc.shape[0] // 128  # of strips, gated: of pairs
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    at = gl.arange(0, 128 * COUNT, acc.type.layout)
+    mine = block + at % COUNT * PARTS
+    at = at // COUNT
+    t = tile * 16 + at // 16 + at // 2 % 2 * 8  # how the instruction lays its sums out over threads
+    n = _row(mine, half, N, PARTS, ROPE) + at // 4 % 4 * 2 + at % 2
+    used = (mine < last) & (n < N) & (t < M)
+    other = half if ROPE else N
+    if HAS_BIAS:
+        acc += gl.load(b_ptr + n * stride_b, mask=used, other=0.0).to(gl.float32)
+        if PARTS == 2:
+            up += gl.load(b_ptr + (n + other) * stride_b, mask=used, other=0.0).to(gl.float32)
+    y_ptrs = y_ptr + t * N + n
+    if ROPE:
+        y1 = acc.to(dtype).to(gl.float32)
+        y2 = up.to(dtype).to(gl.float32)
+        turned = n // (2 * half) < heads
+        one, two = _turned(y1, y2, t, n % (2 * half), used & turned, length, rope, half, PRODUCT)
+        gl.store(y_ptrs, gl.where(turned, one, y1).to(dtype), mask=used)
+        gl.store(y_ptrs + half, gl.where(turned, two, y2).to(dtype), mask=used)
+    else:
+        y = activate(acc, KIND)
+        if GATED:
+            y *= up
+        # read next, and kept for it where that was measured to pay
+        gl.store(y_ptrs, y.to(dtype), mask=used, eviction_policy="evict_last" if GATED else "")
+
+
+@gluon.jit
 def _strips(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, EIGHTS: gl.constexpr,
     COPY_X: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr,
     BLOCK: gl.constexpr, PIECES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
@@ -252,92 +310,70 @@ def _strips(
             tma.async_copy_global_to_shared(x_desc, [i * BLOCKS, 0, 0], bar, bufs.index(FILLED * COPIES + i))
     for i in gl.static_range(FILLED - LATE, FILLED):
         _copy(w_desc, bufs, full, i, i, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
-    if HIGH:
-        high = _rows_of_x(x_ptr, row + 8, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
+    rest = ()
+    for i in gl.static_range(1, EIGHTS):
+        rest = rest + (_rows_of_x(x_ptr, row + i * 8, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32),)  # noqa: RUF005
     if COPY_X:
         mbarrier.wait(full.index(STAGES), 0)
-        x = _copied_rows(words, FILLED * COPIES, layout, GROUPS)
+        x = (_copied_rows(words, FILLED * COPIES, layout, GROUPS),)
         for i in gl.static_range(FILLED, STAGES):
             _copy(w_desc, bufs, full, i, i, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
     else:
-        x = _rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32)
-    if not HIGH:
-        high = x
+        x = (_rows_of_x(x_ptr, row, k, M, K, stride_x, EVEN, GROUPS, WARPS * 32),)
+    x = x + rest
     ahead = STAGES
     stage = 0
     phase = 0
-    zeros = gl.zeros((WARPS, 8, 32), gl.float32, layout)
+    TILES: gl.constexpr = (EIGHTS + 1) // 2
+    zeros = _zeros((WARPS, 8, 32), layout, TILES)
     for block in range(first, last, BLOCK):
         sums = ()
         for i in gl.static_range(BLOCK // EACH):
             if EACH == 1:
-                acc = gl.zeros((WARPS, 8, 4, 4), gl.float32, _sums(WARPS))
+                added = _zeros((WARPS, 8, 4, 4), _sums(WARPS), TILES)
                 if block + i < last:
-                    one = zeros
-                    two = zeros
+                    ones = zeros
+                    twos = zeros
                     for piece in gl.static_range(PIECES):
                         mbarrier.wait(full.index(stage), phase)
-                        one, two = _products(
-                            words, stage * COPIES, 0, x, high, one, two, layout, dtype, HIGH, piece * TAKEN, TAKEN
+                        ones, twos = _products(
+                            words, stage * COPIES, 0, x, ones, twos, layout, dtype, piece * TAKEN, TAKEN
                         )  # fmt: skip
                         _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
                         ahead += 1
                         stage, phase = _next(stage, phase, STAGES)
-                    acc = gl.convert_layout(_added(one, two), _sums(WARPS), True)
-                sums = sums + (acc,)  # noqa: RUF005
+                    added = _added(ones, twos)
+                sums = sums + (added,)  # noqa: RUF005
             else:
                 mbarrier.wait(full.index(stage), phase, pred=block + i * EACH < last)
                 for j in gl.static_range(EACH):
                     buf = (stage * INSIDE + j % INSIDE) * COPIES
-                    one, two = _products(
-                        words, buf, j // INSIDE, x, high, zeros, zeros, layout, dtype, HIGH, 0, GROUPS
-                    )  # fmt: skip
-                    sums = sums + (_added(one, two),)  # noqa: RUF005
+                    ones, twos = _products(words, buf, j // INSIDE, x, zeros, zeros, layout, dtype, 0, GROUPS)
+                    sums = sums + (_added(ones, twos),)  # noqa: RUF005
                 _copy(w_desc, bufs, full, stage, ahead, first, last, half, N, PARTS, ROPE, STAGES, EACH, PIECES)
                 ahead += 1
                 stage, phase = _next(stage, phase, STAGES)
-        acc, up = _together(sums, PARTS)
-        COUNT: gl.constexpr = BLOCK // PARTS  # of strips, gated: of pairs
-        at = gl.arange(0, 128 * COUNT, acc.type.layout)
-        mine = block + at % COUNT * PARTS
-        at = at // COUNT
-        t = at // 16 + at // 2 % 2 * 8  # how the instruction lays its sums out over threads
-        n = _row(mine, half, N, PARTS, ROPE) + at // 4 % 4 * 2 + at % 2
-        used = (mine < last) & (n < N) & (t < M)
-        other = half if ROPE else N
-        if HAS_BIAS:
-            acc += gl.load(b_ptr + n * stride_b, mask=used, other=0.0).to(gl.float32)
-            if PARTS == 2:
-                up += gl.load(b_ptr + (n + other) * stride_b, mask=used, other=0.0).to(gl.float32)
-        y_ptrs = y_ptr + t * N + n
-        if ROPE:
-            y1 = acc.to(dtype).to(gl.float32)
-            y2 = up.to(dtype).to(gl.float32)
-            turned = n // (2 * half) < heads
-            one, two = _turned(y1, y2, t, n % (2 * half), used & turned, length, rope, half, PRODUCT)
-            gl.store(y_ptrs, gl.where(turned, one, y1).to(dtype), mask=used)
-            gl.store(y_ptrs + half, gl.where(turned, two, y2).to(dtype), mask=used)
-        else:
-            y = activate(acc, KIND)
-            if GATED:
-                y *= up
-            # read next, and kept for it where that was measured to pay
-            gl.store(y_ptrs, y.to(dtype), mask=used, eviction_policy="evict_last" if GATED else "")
+        for tile in gl.static_range(TILES):
+            acc, up = _together(sums, tile, PARTS)
+            _finish(
+                acc, up, block, last, tile, M, N, b_ptr, y_ptr, stride_b, rope, length, heads, half, HAS_BIAS, KIND,
+                GATED, PRODUCT,
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_b", "strips"])
 def strip_kernel(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, EIGHTS: gl.constexpr, COPY_X: gl.constexpr,
     EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr,
     PIECES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """K and stride_x in units of 16 bytes. HIGH: more than 8 rows of x. COPY_X: eight come through the ring's last
+    """K and stride_x in units of 16 bytes. EIGHTS: of rows of x. COPY_X: the first come through the ring's last
     stages. GROUPS: of 64 columns for each warp. A stage of the ring holds EACH strips, or one of PIECES of a strip;
     LATE stages are asked for behind x. BLOCK strips are finished at once. `strips`: gated those of gate."""
     _strips(
         w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED,
-        None, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
+        None, EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip
 
 
@@ -345,7 +381,7 @@ def strip_kernel(
 def strip_heads_kernel(
     w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips,
     cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads, half,
-    HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, HIGH: gl.constexpr, COPY_X: gl.constexpr, EVEN: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PRODUCT: gl.constexpr, EIGHTS: gl.constexpr, COPY_X: gl.constexpr, EVEN: gl.constexpr,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, BLOCK: gl.constexpr, PIECES: gl.constexpr,
     LATE: gl.constexpr,
 ):  # fmt: skip
@@ -353,5 +389,5 @@ def strip_heads_kernel(
     rope = (cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s)
     _strips(
         w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
-        "identity", False, PRODUCT, HIGH, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
+        "identity", False, PRODUCT, EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip

@@ -185,6 +185,9 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (32, 4096, 4096, "skinny"),
         (16, 1024, 3072, "strip"),
         (16, 2048, 8192, "stream"),
+        (32, 4096, 1024, "strip"),
+        (24, 128256, 2048, "skinny"),
+        (33, 6144, 2048, "skinny"),
         (512, 77, 4096, "cublas"),  # too few tiles
         (4096, 768, 768, "cublas"),
     ],

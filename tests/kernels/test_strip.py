@@ -1,4 +1,4 @@
-"""Strips of a weight multiplied by up to 16 rows: as good as PyTorch over sizes, epilogues and rotations."""
+"""Strips of a weight multiplied by up to 32 rows: as good as PyTorch over sizes, epilogues and rotations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from regraft.kernels.op import Op, TensorSpec
 from regraft.kernels.qkv_rope import qkv_rope
 
 KERNELS = {kernel.op.name: kernel for kernel in (*strip_gluon.KERNELS, *qkv_rope_strip.KERNELS)}
+
+HEADS = [(64, 2048), (128, 4096), (80, 320), (48, 1024), (128, 3584)]
+"""Columns of a head, and of x."""
 
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
@@ -67,7 +70,33 @@ def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("rows", [1, 6, 16])
+@pytest.mark.parametrize("rows", [17, 24, 32])
+@pytest.mark.parametrize(
+    ("columns", "depth"),
+    [
+        (1, 64),
+        (77, 192),
+        (1000, 512),  # a strip for each program, four in a stage
+        (26000, 64),
+        (1200, 960),  # few strips: one in a stage, so that all programs have some
+        (14000, 576),
+        (5000, 1024),
+        (4100, 1536),
+        (100, 2048),
+        (1500, 1984),  # columns behind the last
+        (20000, 2048),  # x through the ring
+    ],
+)
+def test_more_rows_against_pytorch(rows: int, columns: int, depth: int) -> None:
+    x, weight, bias = normal(rows, depth), normal(2 * columns, depth) / depth**0.5, normal(2 * columns)
+    check(linear_act, x, weight, bias, "gelu")
+    check(linear_act, x, weight[:columns], None, "identity")
+    check(gate_up, x, weight, bias, "silu")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 6, 16, 31])
 def test_views_and_fp16(rows: int) -> None:
     half = torch.float16
     x, weight, bias = normal(rows, 320, dtype=half), normal(200, 320, dtype=half) / 18, normal(200, dtype=half)
@@ -85,8 +114,15 @@ def test_views_and_fp16(rows: int) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (16, 1)])
-@pytest.mark.parametrize(("head", "depth"), [(64, 2048), (128, 4096), (80, 320), (48, 1024), (128, 3584)])
+@pytest.mark.parametrize(
+    ("rows", "head", "depth"),
+    [
+        *((rows, *head) for rows in [(1, 1), (2, 3), (16, 1)] for head in HEADS),
+        ((3, 7), 64, 2048),
+        ((32, 1), 128, 1024),
+        ((5, 4), 80, 320),
+    ],
+)
 def test_heads_are_rotated(rows: tuple[int, int], head: int, depth: int) -> None:
     x, weight, bias = normal(*rows, depth), normal(19 * head, depth) / depth**0.5, normal(19 * head)
     angle = torch.rand(*rows, head // 2, device="cuda") * 6
@@ -130,14 +166,16 @@ def test_what_is_copied_covers_the_columns(groups: int) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("rows", [1, 7, 16])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17])
 def test_plans_have_room_for_weights_beside_x(rows: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strip_gluon, "multiprocessors", lambda device: 132)
-    for depth in (64, 960, 1024, 1536, 2048, 2560, 3520, 4096):
+    for depth in (64, 960, 1024, 1536, 2048) + ((2560, 3520, 4096) if rows <= 16 else ()):
         for strips in (1, 40, 66, 133, 200, 400, 1000, 4000):
             x, weight = (torch.empty(n, depth, dtype=torch.bfloat16) for n in (rows, 8))
             (programs,), (copied, _), plan = strip_gluon._plan(x, weight, strips, parts, 4)
             assert 1 <= programs <= min(132, strips)
+            assert rows <= 16 or programs >= min(0.9 * 132, strips / 4)
+            assert plan["EIGHTS"] * 8 >= rows
             without_x = plan["STAGES"] - (plan["PIECES"] if plan["COPY_X"] else 0)
             assert without_x >= 1
             assert plan["LATE"] <= without_x
@@ -163,9 +201,11 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert reason(spec(16, 4096), spec(32, 4096)) is None
     assert reason(spec(1, None, 64), spec(32, 64)) is None  # more rows are left to other kernels
-    assert "17 rows" in (reason(spec(17, 64), spec(32, 64)) or "")
+    assert reason(spec(32, 2048), spec(32, 2048)) is None
+    assert "33 rows" in (reason(spec(33, 64), spec(32, 64)) or "")
     assert "64 does not divide" in (reason(spec(8, 96), spec(32, 96)) or "")
-    assert "4096 at most" in (reason(spec(8, 4160), spec(32, 4160)) or "")
+    assert "takes 4096 columns" in (reason(spec(8, 4160), spec(32, 4160)) or "")
+    assert "takes 2048 columns" in (reason(spec(17, 2112), spec(32, 2112)) or "")
     assert "16 bits" in (reason(spec(8, 64, dtype=torch.float32), spec(32, 64, dtype=torch.float32)) or "")
     assert "odd" in (reason(spec(8, 64), spec(33, 64), "gate_up") or "")
     monkeypatch.setattr("regraft.kernels.linear_act_wgmma.compute_capability", lambda device: (8, 0))
