@@ -25,17 +25,22 @@ def _row_op(args: Sequence[Any]) -> Features:
 
 
 def _attention(args: Sequence[Any]) -> Features:
-    """B, H, G (query heads for each kv head), Q, K, D, DV, bytes; the rest are 0 or 1."""
+    """B, H, BH = both, G (query heads for each kv head), Q, K, D, DV, bytes, kv = MiB of keys and values.
+
+    The rest are 0 or 1.
+    """
     q, k, v, mask, bias, key_mask, sinks, _, left, right, softcap = args[:11]
     return {
         "B": q.shape[0],
         "H": q.shape[1],
+        "BH": q.shape[0] * q.shape[1],
         "G": q.shape[1] // k.shape[1],
         "Q": q.shape[2],
         "K": k.shape[2],
         "D": q.shape[3],
         "DV": v.shape[3],
         "bytes": q.element_size(),
+        "kv": math.prod(k.shape[:3]) * (k.shape[3] + v.shape[3]) * k.element_size() >> 20,
         "causal": int(right == 0),
         "window": int(left >= 0),
         "softcap": int(softcap != 0.0),

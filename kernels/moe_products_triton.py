@@ -214,7 +214,7 @@ def grouped_kernel(
     e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     t = tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    row = first + t % count  # behind the last row each once more: one alone would be asked for too often
+    row = first + t % count  # behind the last row each once more: one alone would be asked for by everybody
     pair = tl.load(order_ptr + row)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     w_rows = e * stride_we + tl.minimum(n, N - 1).to(tl.int64) * stride_wn

@@ -159,9 +159,8 @@ def _skinny_kernel(
     first = split * each
     last = tl.minimum(first + each, K)
     w_rows = tl.minimum(n, N - 1).to(tl.int64) * stride_wn
-    x_rows = (t % M).to(
-        tl.int64
-    ) * stride_xm  # behind the last row each once more: one alone would be asked for too often
+    # behind the last row each once more: one alone would be asked for by everybody
+    x_rows = (t % M).to(tl.int64) * stride_xm
     if PARTS == 1:
         k = tl.arange(0, BLOCK_K)
         w_at = k[None, :]  # [1, BLOCK_K]

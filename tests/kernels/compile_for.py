@@ -117,6 +117,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             else:
                 strip_gluon.gate_up(few, narrow, None, "silu")
                 strip_gluon.linear_act(many, narrow, None, "identity")
+                if columns <= strip_gluon.MAX_COLUMNS // 2:
+                    strip_gluon.gate_up(torch.cat((many, many)), narrow, None, "silu")
             while launched:
                 row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
                 rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})

@@ -139,6 +139,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("linear_act", (randn(3, 2240), randn(301, 2240), randn(301), "gelu"), {}),  # strips
         ("gate_up", (randn(16, 960), randn(2 * 1061, 960), None, "silu"), {}),
         ("linear_act", (randn(19, 1088), randn(301, 1088), randn(301), "gelu"), {}),
+        ("gate_up", (randn(29, 1472), randn(2 * 9001, 1472), None, "silu"), {}),
         ("gate_up", (randn(64, 2056), randn(2 * 300, 2056), None, "silu"), {}),
         (
             "qkv_rope",

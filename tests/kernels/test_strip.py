@@ -76,12 +76,13 @@ def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
     [
         (1, 64),
         (77, 192),
-        (1000, 512),  # a strip for each program, four in a stage
+        (1000, 512),  # no more strips than programs: four in a stage
         (26000, 64),
-        (1200, 960),  # few strips: one in a stage, so that all programs have some
+        (1200, 960),  # one in a stage, so that all programs have some
         (14000, 576),
         (5000, 1024),
         (4100, 1536),
+        (9000, 1536),  # three groups of columns, x through the ring
         (100, 2048),
         (1500, 1984),  # columns behind the last
         (20000, 2048),  # x through the ring
