@@ -7,6 +7,7 @@
     to.dtype, type_as                                                                  -> _to_copy(dtype=)
     einsum of two operands with one contracted index                                   -> matmul
     equal nodes                                                                        -> one node
+    views, once no pattern of RAISE looks for them                                     -> right before their first user
 
 A number that is computed from numbers (the square root of a head size, as a tensor) is noted as such, for rules.
 
@@ -61,6 +62,8 @@ def canonicalize(program: Program, name: str = "canonicalize") -> PassResult:
         if not _merge_equal(graph, removed) + _merge_reshapes(graph, removed) + _merge_transposes(graph, removed):
             break
     graph.eliminate_dead_code()
+    if functional and stage is Stage.RAISE:
+        _delay_views(graph)
     graph.lint()
     result.removed = dict(removed)
     result.nodes_after = len(graph.nodes)
@@ -383,3 +386,14 @@ def _merge_transposes(graph: fx.Graph, removed: Counter[str]) -> int:
     if merged:
         removed["transpose of a transpose"] += merged
     return merged
+
+
+def _delay_views(graph: fx.Graph) -> None:
+    """Put each view right before its first user.
+
+    A view of one output that stands before the inputs of another (v's heads before the rotation's tables, in a model's
+    first layer) would keep the two from coming out of one node.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and role_of(node) is Role.VIEW:
+            min(node.users).prepend(node)

@@ -60,7 +60,7 @@ def count(compiled: Compiled, name: str) -> int:
     return sum(op is not None and op.name == name for op in ops)
 
 
-MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "phi")
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "phi", "glm")
 
 
 @pytest.mark.parametrize("name", MODELS)
