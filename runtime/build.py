@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from .certify import Certifier
 from .checks import device_of
 from .cuda_graphs import graph_bytes
 from .device_memory import release_unused
-from .errors import CompileError, ParityError, RegraftError, StrictError
+from .errors import CompileError, ParityError, RegraftError, RegraftWarning, StrictError
 from .executable import Executable
 from .guarded import Guarded
 from .logs import tell
@@ -210,8 +211,7 @@ class Builder:
             return Served(tried.candidate, self._guarded(tried.candidate, program), captured=program)
         entry.certificate = tried.certificate if self.options.verify != "off" else None
         if tried.certificate.passed:
-            disagreement = certifier.disagreement()
-            entry.notes += [disagreement] if disagreement is not None else []
+            self._tell_apart(certifier.disagreement(), entry)
         if not tried.certificate.passed:
             raise ParityError(f"the graph differs from the original: {tried.certificate.reason}")
         self._pack(tried.candidate, entry)
@@ -250,6 +250,14 @@ class Builder:
             return Executable(made.program, self.weights, graph_bytes(options, self.device))
 
         return Guarded(executable, keeping_masks)
+
+    def _tell_apart(self, disagreement: Note | None, entry: SignatureRecord) -> None:
+        """Note that results are other than those of the model as it is configured, and warn of it once."""
+        if disagreement is None:
+            return
+        if all(disagreement not in other.notes for other in self.record.signatures):
+            warnings.warn(f"{type(self.module).__name__}: {disagreement.message}", RegraftWarning, stacklevel=2)
+        entry.notes.append(disagreement)
 
     def _expect(self, entry: SignatureRecord) -> None:
         """Compare what was found with what this model should have.

@@ -279,12 +279,14 @@ def test_repair_reverts_the_wrong_site_of_a_rule() -> None:
 
 
 def test_a_configured_attention_that_computes_something_else_is_told() -> None:
-    """transformers' sdpa drops Gemma 2's softcap: the graph follows the eager code, and the report says so."""
+    """transformers' sdpa drops Gemma 2's softcap: the graph follows the eager code; a warning and the report say so."""
     model, _ = zoo.build("gemma2")
     for layer in model.model.layers:
         layer.self_attn.attn_logit_softcapping = 0.05
-    model = regraft.optimize(model, verbose=False)
-    model(tokens())  # another signature, of which the same is to be said
+    with pytest.warns(regraft.RegraftWarning, match="does not compute what its eager attention does") as warned:
+        model = regraft.optimize(model, verbose=False)
+        model(tokens())  # another signature, of which the same is to be said
+    assert len(warned) == 1
     assert len(model.report.signatures) == 2
     notes = [n.message for n in model.report.notes]
     assert sum("does not compute what its eager attention does" in n for n in notes) == 1, notes
