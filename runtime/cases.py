@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+PADDED_LEFT = "padded left"
 LENGTHWISE = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -40,6 +42,13 @@ class Case:
             return output
         return output[rows[:, tokens - length :].to(output.device)]
 
+    def alone(self) -> dict[str, Any] | None:
+        """The first sequence without its padding, a batch of its own; None where nothing says which tokens are real."""
+        if self.rows is None or not self.rows.any(1)[0]:
+            return None
+        first = {n: t[:1] for n, t in self.tensors.items()}
+        return {n: t[:, self.rows[0]] if by_tokens(n) and t.ndim >= 2 else t for n, t in first.items()}
+
 
 def make_cases(
     tensors: Mapping[str, torch.Tensor], encoder_decoder: bool = False, pad_token: int | None = None
@@ -49,7 +58,7 @@ def make_cases(
     cases = [_case("as given", given, encoder_decoder)]
     mask = given.get("attention_mask")
     if mask is not None and mask.ndim == 2 and mask.shape[1] >= 4 and bool((mask == 1).all()):
-        for name, left in (("padded left", True), ("padded right", False)):
+        for name, left in ((PADDED_LEFT, True), ("padded right", False)):
             padded = given | {"attention_mask": _padded(mask, left=left)}
             if pad_token is not None and "input_ids" in padded:
                 padded["input_ids"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, pad_token)

@@ -11,7 +11,7 @@ import torch
 import transformers
 import zoo
 from kernel_checks import assert_close
-from runtime_models import Identity, Real, optimized, tiny_llama, tokens
+from runtime_models import Identity, Real, exactly, optimized, tiny_llama, tokens
 
 import regraft
 from regraft.compiler.capture import capture
@@ -290,6 +290,50 @@ def test_a_configured_attention_that_computes_something_else_is_told() -> None:
     assert len(model.report.signatures) == 2
     notes = [n.message for n in model.report.notes]
     assert sum("does not compute what its eager attention does" in n for n in notes) == 1, notes
+
+
+def deberta(kind: Any) -> Any:
+    """Rows of padding attend to nothing: DeBERTa's mask hides them as queries, too."""
+    config = transformers.DebertaV2Config(
+        vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class _Mean(torch.nn.Module):
+    """The mean of all rows, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = deberta(transformers.DebertaV2Model)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids, attention_mask).last_hidden_state.mean(1)
+
+
+def test_a_first_token_that_is_padding_says_nothing_about_a_graph() -> None:
+    """With padding on the left DeBERTa's classifiers read a row that attends to nothing: attention was not fused."""
+    model = regraft.optimize(deberta(transformers.DebertaV2ForSequenceClassification), verbose=False)
+    (signature,) = model.report.signatures
+    assert not model.report.reverted
+    assert {e.what: (e.found, e.expected) for e in signature.expected}["attention"] == (1, 1)
+    assert "padded left: logits is made of padding" in signature.certificate.skipped
+
+
+def test_rows_of_padding_that_an_output_mixes_are_kept() -> None:
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    model = _Mean().eval()
+    padded = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    padded["attention_mask"][0, 6:] = 0
+    own, exact = model(**padded), exactly(model, **padded)
+    model = regraft.optimize(model, verbose=False, example_inputs=inputs)
+    assert [r.rule for r in model.report.reverted] == ["eager_attention"]
+    assert_close(model(**padded), own, exact)
 
 
 class _TellsWeights(torch.nn.Module):
