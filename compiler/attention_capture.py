@@ -116,6 +116,9 @@ class AttentionCapture:
         self.alone: dict[nn.Module, str] = {}
         self.notes: list[Note] = []
         self.calls = 0
+        self.masked_calls = 0
+        self.asked: set[int] = set()
+        """Configs of the modules that called, by identity."""
         self._checked: dict[tuple[Any, ...], str | None] = {}
 
     def __call__(
@@ -130,6 +133,8 @@ class AttentionCapture:
         """What transformers calls as `attention_interface(self, q, k, v, mask, scaling=..., ...)`."""
         q, k, v = query, key, value
         self.calls += 1
+        self.masked_calls += attention_mask is not None
+        self.asked.add(id(getattr(module, "config", None)))
         if self.checking and module not in self.alone:
             reason = self._examine(module, q, k, v, attention_mask, keywords)
             if reason is not None:

@@ -91,13 +91,28 @@ def _capture(
     examples = on_device(values, device)
     with torch.no_grad(), capturing(model) as state:
         try:
-            returned = _concrete_run(model, forward, examples, static, state)
+            returned = _checked_run(model, forward, examples, static, state)
         except Exception as error:
             raise _failure(error, files, "its forward fails as it is captured", RefusedError) from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
         exported, notes = _export(call, values, examples, files)
     return _program(exported, call, model, examples, blueprint, [*state.notes, *notes], files)
+
+
+def _checked_run(
+    model: nn.Module, forward: Forward, tensors: dict[str, Tensor], static: dict[str, Any], state: Capturing
+) -> Any:
+    """What the forward returns on concrete values, with the masks that its attention takes."""
+    try:
+        returned = _concrete_run(model, forward, tensors, static, state)
+    except Exception:
+        if not state.give_masks_back():
+            raise
+    else:
+        if not state.give_masks_back():
+            return returned
+    return _concrete_run(model, forward, tensors, static, state)
 
 
 def _concrete_run(

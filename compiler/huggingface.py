@@ -4,7 +4,8 @@
   set on the config of every module whose file uses the registry (T5 keeps copies of its config that
   `set_attn_implementation` does not reach); a model that never asks the registry keeps its implementation and the
   masks that belong to it.
-* Masks are always built, as dense booleans: whether one is plain causal is found out later, from the graph.
+* Masks are always built, as dense booleans: whether one is plain causal is found out later, from the graph. Where no
+  attention that asks the registry is handed one (GIT: only its picture's attention asks), they are the model's own.
 * Rotary modules that branch on the length run without the branch.
 
 Nothing is patched at import. The registries are shared by the process, hence one capture at a time.
@@ -37,6 +38,8 @@ class Capturing:
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.loaded: dict[int, str | None] = {}
+        self.masked: dict[int, Any] = {}
+        """Configs that masks were made for, by identity."""
         self.attention = AttentionCapture(self.names, self._loaded_with)
         self.experts = ExpertsCapture(self.names)
 
@@ -60,6 +63,27 @@ class Capturing:
         finally:
             self.attention.checking = self.experts.checking = False
 
+    def give_masks_back(self) -> bool:
+        """After the concrete run: leave masks that no call of ours took to the model; whether there are any."""
+        if self.attention.masked_calls:
+            return False
+        unused = [c for i, c in self.masked.items() if i not in self.attention.asked and getattr(c, _ATTENTION) == NAME]
+        for config in unused:
+            setattr(config, _ATTENTION, self.loaded[id(config)])
+        return bool(unused)
+
+    def dense_mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """transformers' boolean mask `[B, 1, Q, K]`, never skipped."""
+        from transformers.masking_utils import sdpa_mask
+
+        config = kwargs.get("config")
+        if config is not None:
+            self.masked[id(config)] = config
+        kwargs["allow_is_causal_skip"] = False
+        kwargs["allow_is_bidirectional_skip"] = False
+        mask: Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
+
     def _loaded_with(self, module: nn.Module) -> str | None:
         return self.loaded.get(id(getattr(module, "config", None)))
 
@@ -75,7 +99,7 @@ def capturing(model: nn.Module) -> Iterator[Capturing]:
         state = Capturing(model)
         registries: list[tuple[Any, Any]] = [
             (AttentionInterface._global_mapping, state.attention),
-            (AttentionMaskInterface._global_mapping, dense_mask),
+            (AttentionMaskInterface._global_mapping, state.dense_mask),
             (ExpertsInterface._global_mapping, state.experts),
         ]
         before: list[tuple[Any, str, Any]] = []
@@ -96,16 +120,6 @@ def capturing(model: nn.Module) -> Iterator[Capturing]:
                 setattr(config, attribute, value)
             for mapping, _ in registries:
                 mapping.pop(NAME, None)
-
-
-def dense_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' boolean mask `[B, 1, Q, K]`, never skipped."""
-    from transformers.masking_utils import sdpa_mask
-
-    kwargs["allow_is_causal_skip"] = False
-    kwargs["allow_is_bidirectional_skip"] = False
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
 
 
 def attention_configs(model: nn.Module) -> list[Any]:

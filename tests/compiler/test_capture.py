@@ -376,6 +376,23 @@ class _Mono(nn.Module):
         return torch.tanh(x)
 
 
+def test_masks_that_only_the_models_own_attention_reads_are_its_own() -> None:
+    """GIT's picture asks transformers' registry for its attention, its text adds the mask: it was handed a boolean."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = tf.GitConfig(
+        **sizes, vocab_size=131, max_position_embeddings=32, vision_config={**sizes, "image_size": 16, "patch_size": 8}
+    )
+    torch.manual_seed(0)
+    model = tf.GitForCausalLM(config).eval()
+    static = {"use_cache": False}
+    tensors = {"input_ids": torch.randint(3, 131, (2, 7)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    loaded = config._attn_implementation, config.vision_config._attn_implementation
+    program = capture(model, tensors, {}, cache=False)
+    assert (config._attn_implementation, config.vision_config._attn_implementation) == loaded
+    assert_same(run(program, model, tensors).logits, eager(model, tensors, static).logits)
+    assert sum(n.target is torch.ops.regraft.attention.default for n in program.graph.nodes) == 1
+
+
 def test_a_size_of_one_that_the_code_insists_on_stays_one() -> None:
     x = torch.randn(1, 1, 8)
     program = capture(_Mono().eval(), {"x": x}, cache=False)
