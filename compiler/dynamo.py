@@ -110,7 +110,7 @@ def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
         value = node.meta.get("example_value")
         if isinstance(value, Tensor):
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt):
+                if _is_open(size):
                     holders.setdefault(str(size.node.expr), (node, dim))
     body = next(n for n in graph.nodes if n.op != "placeholder")
     arguments = []
@@ -123,8 +123,8 @@ def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
             continue
         if not isinstance(value, torch.SymInt | int):
             raise CaptureError("", f"the graph takes {node.name}, a {type(value).__name__}, as an argument")
-        if isinstance(value, int):
-            node.replace_all_uses_with(value)  # type: ignore[arg-type]
+        if not _is_open(value):
+            node.replace_all_uses_with(int(value))  # type: ignore[arg-type]
         else:
             if str(value.node.expr) not in holders:
                 raise CaptureError("", f"the graph takes the number {node.name}, which is no tensor's size")
@@ -151,4 +151,9 @@ def _meaning(node: fx.Node) -> tuple[InputKind, str]:
 
 def _dynamic_dims(node: fx.Node) -> dict[int, Any]:
     value = node.meta["example_value"]
-    return {dim: Dim.DYNAMIC for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+    return {dim: Dim.DYNAMIC for dim, size in enumerate(value.shape) if _is_open(size)}
+
+
+def _is_open(size: int | torch.SymInt) -> bool:
+    """Whether a size may vary: a symbol may have become a number as Dynamo traced on (a new mask of fixed length)."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number

@@ -154,6 +154,20 @@ def test_an_error_of_ours_leaves_the_graph_as_it_is(monkeypatch: pytest.MonkeyPa
         torch.compile(model, backend=backend, options={"on_error": "raise"})(x)
 
 
+def test_a_length_that_becomes_a_number_beside_a_new_mask() -> None:
+    """The tokens' length varies since the second call; that of a mask seen for the first time does not."""
+    model, _ = zoo.build("t5", layers=1)
+    model = model.encoder
+    compiled = torch.compile(model, backend=backend, options={"strict": True})
+    with torch.no_grad():
+        for length, masked in ((9, False), (11, True), (12, True), (13, True)):
+            given = {"input_ids": torch.randint(3, 131, (2, length))}
+            if masked:
+                given["attention_mask"] = torch.arange(length).expand(2, -1).lt(length - 2).long()
+            found, own = compiled(**given), model(**given)
+            _assert_as_good(found, own, exactly(model, **given))
+
+
 def test_a_graph_without_tensors_is_left_as_it_is() -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda: torch.arange(5).float() * 2, backend=backend)
