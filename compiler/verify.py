@@ -137,6 +137,10 @@ def evaluate_upcast(
     return [values[n] if n in values else read(n) for n in wanted]
 
 
+FEW = 256
+"""Elements below which their mean error says nothing."""
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far a value is from an oracle: largest and root-mean-square difference."""
@@ -146,6 +150,10 @@ class Distance:
 
     def __le__(self, other: Distance) -> bool:
         return self.largest <= other.largest and self.rms <= other.rms
+
+    def within(self, bound: Distance, elements: int) -> bool:
+        """Whether it is allowed. A mean over a handful of numbers is luck; their largest has ulps of slack."""
+        return self.largest <= bound.largest if elements < FEW else self <= bound
 
 
 def distance(value: Any, oracle: Any) -> Distance:

@@ -129,14 +129,17 @@ def _check_whole(dynamo: DynamoProgram, compiled: Compiled, weight: Callable[[In
     given = feed(dynamo.program.inputs)
     before = dynamo.program.gm(*given)
     after = compiled.program.gm(*feed(compiled.program.inputs))
-    floating = [t.dtype for t in before if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    floating = [t for t in before if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not floating:
         return
-    lowest = max(floating, key=lambda d: torch.finfo(d).eps)
+    lowest = max((t.dtype for t in floating), key=lambda d: torch.finfo(d).eps)
     oracle = Upcast(dynamo.program.gm, higher(lowest)).run(*given)
     error, bound = distance(after, oracle), bound_for(distance(before, oracle), oracle, lowest)
-    if not error <= bound:
-        raise ParityError(f"the rewritten graph has error {error.largest:.3g}, {bound.largest:.3g} is allowed")
+    if not error.within(bound, sum(t.numel() for t in floating)):
+        raise ParityError(
+            f"the rewritten graph has error {error.largest:.3g} and on average {error.rms:.3g}, "
+            f"{bound.largest:.3g} and {bound.rms:.3g} are allowed"
+        )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiler.verify import Distance, bound_for, distance, higher
+from ..compiler.verify import FEW, Distance, bound_for, distance, higher
 from .ahead import compile_ahead
 from .cases import PADDED_LEFT, Case, make_cases
 from .checks import device_of, dtype_of
@@ -23,9 +23,6 @@ from .oracle import run_oracle, run_reference
 from .random_state import alike
 
 log = logging.getLogger("regraft.certificate")
-
-FEW = 256
-"""Elements below which the mean error of an output says nothing."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +205,7 @@ class Judge:
             error, error_original = distance(new, best), distance(old, best)
             noise = Distance(max(error_original.largest, self._noise.get(name, 0.0)), error_original.rms)
             bound = bound_for(noise, best, self.dtype)
-            few = new.numel() < FEW  # a mean over a handful of numbers is luck; their largest has ulps of slack
-            passed = error.largest <= bound.largest if few else error <= bound
+            passed = error.within(bound, new.numel())
             if not passed and self._made_of_padding(truth, name):
                 continue
             if name == "logits" and original.ndim >= 2 and original.shape[-1] > 1 and new.numel():
@@ -217,7 +213,7 @@ class Judge:
             result = Measured(
                 truth.case.name, name, error.largest, error.rms, error_original.largest, bound.largest, passed
             )
-            share = _share(error, bound if not few else Distance(bound.largest, bound.largest))
+            share = _share(error, bound if new.numel() >= FEW else Distance(bound.largest, bound.largest))
             if worst is None or share > worst[0]:
                 worst = (share, result)
         if worst is None:

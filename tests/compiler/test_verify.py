@@ -13,7 +13,7 @@ from regraft.compiler.match import Match
 from regraft.compiler.pattern import Builder
 from regraft.compiler.rewrite import Policy
 from regraft.compiler.rule import Emitter, Rule, Stage
-from regraft.compiler.verify import Upcast, bound_for, compare, distance, higher, magnitude
+from regraft.compiler.verify import Distance, Upcast, bound_for, compare, distance, higher, magnitude
 
 
 class Mean(Rule):
@@ -181,6 +181,12 @@ def test_distance_and_magnitude() -> None:
     assert distance(torch.tensor([1, 2]), torch.tensor([1, 2])).largest == 0.0
     assert distance(torch.tensor([1, 2]), torch.tensor([1, 3])).largest == inf
     assert distance([torch.zeros(2), 3], [torch.zeros(2), 4]).largest == inf
+
+
+def test_a_mean_over_a_handful_of_numbers_says_nothing() -> None:
+    error, bound = Distance(1e-8, 9e-9), Distance(1e-7, 8e-9)
+    assert error.within(bound, 6) and not error.within(bound, 6000)
+    assert not Distance(2e-7, 1e-9).within(bound, 6)
 
 
 def test_the_bound_is_twice_the_error_and_a_few_ulp() -> None:
