@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -154,6 +154,6 @@ def _dynamic_dims(node: fx.Node) -> dict[int, Any]:
     return {dim: Dim.DYNAMIC for dim, size in enumerate(value.shape) if _is_open(size)}
 
 
-def _is_open(size: int | torch.SymInt) -> bool:
+def _is_open(size: int | torch.SymInt) -> TypeGuard[torch.SymInt]:
     """Whether a size may vary: a symbol may have become a number as Dynamo traced on (a new mask of fixed length)."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
