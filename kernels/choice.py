@@ -5,35 +5,76 @@ a set of shapes comes first, in the table of what was measured on the device (se
 
     "providers": {"attention": [{"where": {"D": [65, 128], "Q": [512, 1073741824]}, "provider": "cudnn"}]}
 
-The first entry whose ranges hold decides, if its provider is among the kernels that support the call; without one it
-is the first kernel of all.
+What `python -m regraft tune` measured on this machine for the sizes of the call comes before it. The first entry whose
+ranges hold decides, if its provider is among the kernels that support the call; without one it is the first kernel of
+all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import replay, tuning
+from . import replay, tuning, tuning_cache
 from .features import features_of
 from .op import Kernel, Op
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A call for which there was one."""
+
+    op: Op
+    features: tuple[tuple[str, int], ...]
+    kernels: tuple[Kernel, ...]
+    """All that support it; the first was chosen."""
+    args: tuple[Any, ...]
+
+
+_observers: list[list[Choice]] = []
+
+
+@contextlib.contextmanager
+def recorded(into: list[Choice]) -> Iterator[None]:
+    """The choices that are made in the block, appended to `into`."""
+    _observers.append(into)
+    try:
+        yield
+    finally:
+        _observers[:] = [o for o in _observers if o is not into]  # by identity: empty lists are equal
 
 
 def choose(op: Op, kernels: Sequence[Kernel], args: Sequence[Any], device: torch.device) -> Kernel:
     """The kernel for these arguments; `kernels` all support their signature, best first."""
     if len(kernels) == 1:
         return kernels[0]
-    features = features_of(op.name, arranged(op, tuple(args), {}))
-    by_name = {kernel.provider: kernel for kernel in kernels}
-    for entry in tuning.providers(tuning.device_limits(device)[0]).get(op.name, ()):
+    given = arranged(op, tuple(args), {})
+    features = features_of(op.name, given)
+    best = _fastest(op, {kernel.provider: kernel for kernel in kernels}, features, device) or kernels[0]
+    for seen in _observers:
+        rest = (kernel for kernel in kernels if kernel is not best)
+        seen.append(Choice(op, tuple(features.items()), (best, *rest), given))
+    return best
+
+
+def _fastest(op: Op, by_name: dict[str, Kernel], features: dict[str, int], device: torch.device) -> Kernel | None:
+    """That which was measured to be; None where nothing was."""
+    file = tuning.device_limits(device)[0]
+    if file != tuning.DEFAULT:
+        mine = tuning_cache.providers(file).get(op.name, {}).get(tuning_cache.call_bucket(features))
+        if mine in by_name:
+            return by_name[mine]
+    for entry in tuning.providers(file).get(op.name, ()):
         if entry.provider in by_name and entry.matches(features):
             return by_name[entry.provider]
-    return kernels[0]
+    return None
 
 
 log = logging.getLogger("regraft")

@@ -182,7 +182,7 @@ def _say_untuned(kernel: str, features: Mapping[str, int], file: str) -> None:
 
 def forget() -> None:
     """Look up everything anew: what was measured here has changed."""
-    tuning_cache.entries.cache_clear()
+    tuning_cache.forget()
     _choose.cache_clear()
     untuned.clear()
 

@@ -2,7 +2,8 @@
 
 One file for each device and version of Triton, in `REGRAFT_CACHE_DIR` or `~/.cache/regraft`:
 
-    {"kernels": {"linear": [{"features": {"M": 2048, "N": 4096, ...}, "config": {...}, "us": 97.1}]}}
+    {"kernels": {"linear": [{"features": {"M": 2048, "N": 4096, ...}, "config": {...}, "us": 97.1}]},
+     "providers": {"linear_act": [{"features": {"M": 2048, "N": 4096, ...}, "provider": "wgmma", "us": 97.1}]}}
 
 An entry stands for all calls in its bucket of sizes. A file that cannot be read is left alone, with a warning.
 """
@@ -16,7 +17,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +39,13 @@ _chosen: list[Path] = []
 def use(folder: Path | None) -> None:
     """Keep and look for configurations in this folder; None for the default one."""
     _chosen[:] = [folder] if folder is not None else []
+    forget()
+
+
+def forget() -> None:
+    """Read the file anew."""
     entries.cache_clear()
+    providers.cache_clear()
 
 
 def directory() -> Path:
@@ -62,6 +69,12 @@ def bucket(features: Features) -> Bucket:
     return tuple(sorted((name, _round(value)) for name, value in features.items()))
 
 
+def call_bucket(features: Features) -> Bucket:
+    """As `bucket`, but with the sizes of a weight as they are: whether its tiles fill the multiprocessors decides."""
+    exact = ("N", "K") if "M" in features else ()
+    return tuple(sorted((name, value if name in exact else _round(value)) for name, value in features.items()))
+
+
 def _round(value: int) -> int:
     if value <= EXACT:
         return value
@@ -74,24 +87,45 @@ def entries(device: str) -> Mapping[str, Mapping[Bucket, Config]]:
     """What was measured, by kernel and bucket; empty, with a warning, where the file is not one of ours."""
     file = path(device)
     try:
-        return _parse(_read(file))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _configs(_read(file))
+    except _MALFORMED as error:
         log.warning("%s is not a file of tuned configurations and is ignored (%s)", file, type(error).__name__)
         return {}
 
 
-def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
+@functools.cache
+def providers(device: str) -> Mapping[str, Mapping[Bucket, str]]:
+    """Which provider was measured to be the fastest, by op and `call_bucket`; empty where `entries` is."""
+    try:
+        return _providers(_read(path(device)))
+    except _MALFORMED:
+        return {}
+
+
+Sections = dict[str, dict[str, list[dict[str, Any]]]]
+_MALFORMED: Final = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _read(file: Path) -> Sections:
     if not file.exists():
         return {}
-    kernels: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
-    return kernels
+    read = json.loads(file.read_text())
+    return {"kernels": read["kernels"], "providers": read.get("providers", {})}
 
 
-def _parse(kernels: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[Bucket, Config]]:
+def _configs(sections: Sections) -> dict[str, dict[Bucket, Config]]:
     found: dict[str, dict[Bucket, Config]] = {}
-    for kernel, measured in kernels.items():
+    for kernel, measured in sections.get("kernels", {}).items():
         for entry in measured:
             found.setdefault(kernel, {})[bucket(entry["features"])] = Config.of(entry["config"])
+    return found
+
+
+def _providers(sections: Sections) -> dict[str, dict[Bucket, str]]:
+    found: dict[str, dict[Bucket, str]] = {}
+    for op, measured in sections.get("providers", {}).items():
+        for entry in measured:
+            found.setdefault(op, {})[call_bucket(entry["features"])] = str(entry["provider"])
     return found
 
 
@@ -119,23 +153,36 @@ def store(device: str, kernel: str, features: Features, config: Config, us: floa
 
     Processes that tune at the same time take turns, and each adds to what the others have stored.
     """
+    entry = {"features": dict(features), "config": config.launch, "us": round(us, 3)}
+    _add(device, "kernels", kernel, entry, bucket)
+
+
+def store_provider(device: str, op: str, features: Features, provider: str, us: float) -> None:
+    """As `store`, of the fastest provider of a call."""
+    entry = {"features": dict(features), "provider": provider, "us": round(us, 3)}
+    _add(device, "providers", op, entry, call_bucket)
+
+
+def _add(device: str, section: str, name: str, entry: dict[str, Any], place: Callable[[Features], Bucket]) -> None:
     file = path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):
-        _store(file, device, kernel, features, config, us)
-    entries.cache_clear()
+        _store(file, device, section, name, entry, place)
+    forget()
 
 
-def _store(file: Path, device: str, kernel: str, features: Features, config: Config, us: float) -> None:
+def _store(
+    file: Path, device: str, section: str, name: str, entry: dict[str, Any], place: Callable[[Features], Bucket]
+) -> None:
     try:
-        kernels = _read(file)
-        _parse(kernels)
+        sections = _read(file)
+        _configs(sections), _providers(sections)
     except (ValueError, KeyError, TypeError, AttributeError):
-        kernels = {}
+        sections = {}
         os.replace(file, file.with_suffix(".unreadable"))
-    kept = [e for e in kernels.get(kernel, []) if bucket(e["features"]) != bucket(features)]
-    kernels[kernel] = [*kept, {"features": dict(features), "config": config.launch, "us": round(us, 3)}]
+    mine = sections.setdefault(section, {})
+    mine[name] = [*(e for e in mine.get(name, []) if place(e["features"]) != place(entry["features"])), entry]
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
-        json.dump({"device": device, "kernels": kernels}, out, indent=1)
+        json.dump({"device": device, "kernels": {}, **sections}, out, indent=1)
     os.chmod(out.name, 0o644)
     os.replace(out.name, file)

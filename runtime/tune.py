@@ -3,7 +3,8 @@
 The model runs once while launchers' questions are recorded. For each kernel and bucket of sizes without an entry of
 its own, candidates are the configurations in all tables and the neighbours of the present one, without those that need
 more shared memory than there is or that a count of tiles rules out. They are compiled in parallel, compared with the
-present one, timed cold, and the neighbours of the best are tried until none is better.
+present one, timed cold, and the neighbours of the best are tried until none is better. Then each call is timed by all
+kernels that could have computed it (see `tune_providers.py`).
 """
 
 from __future__ import annotations
@@ -21,25 +22,20 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from ..kernels import choice as choices
 from ..kernels import tuning, tuning_cache
 from ..kernels.config import Config
 from ..kernels.tuning import Asked
 from .bench_forward import bound_call
 from .loading import inputs_for
 from .optimize import optimize
-from .sliced import distance_of
-from .timing import measure_kernels
+from .tune_calls import WORTH, Likeness, Measure, copies, measure_on, same, tensors
+from .tune_providers import Calls, Fastest, bar, tune_calls
 
 MOST: Final = 16
 """Candidates of one round."""
 STEPS: Final = 3
 """Rounds of neighbours at most."""
-COPIES_BYTES: Final = 320 << 20
-WORTH: Final = 0.98
-"""Share of the present configuration's time that another must stay below to replace it."""
-
-Measure = Callable[[Mapping[str, Sequence[Callable[[], Any]]], bool], Mapping[str, float]]
-"""Milliseconds of each candidate, given as a call for each copy of the arguments; whether all copies are small."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +62,16 @@ def tune(
     *,
     limit_s: float = 60.0,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Tuned]:
+) -> list[Tuned | Fastest]:
     """Optimize the model, run it at each (batch, length), and tune what its kernels asked for there."""
     device = next(model.parameters()).device
     optimize(model, verbose=False, on_error="raise")
-    asked = Questions(tuning_cache.entries(tuning.device_limits(device)[0]))
+    file = tuning.device_limits(device)[0]
+    asked, calls = Questions(tuning_cache.entries(file)), Calls(tuning_cache.providers(file))
     for shape in shapes:
-        with tuning.recorded(asked):
+        with tuning.recorded(asked), choices.recorded(calls):
             bound_call(model, inputs_for(model, *shape))()
-    return tune_asked(asked, device, say=say, limit_s=limit_s)
+    return [*tune_asked(asked, device, say=say, limit_s=limit_s), *tune_calls(calls, device, say=say)]
 
 
 class Questions(list[Asked]):
@@ -92,42 +89,6 @@ class Questions(list[Asked]):
         self._seen.add(place)
         run, args = question.call
         super().append(replace(question, call=(run, tuple(Likeness.of(a) for a in args))))
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """A floating-point tensor without its numbers: `make` gives random ones of the same spread."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    mean: float
-    spread: float
-
-    @classmethod
-    def of(cls, value: Any) -> Any:
-        """The likeness of such a tensor; anything else as it is, tensors of indices and infinities among them."""
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.numel() < 2:
-            return value
-        once = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
-        if once.numel() < 2:
-            return value
-        spread, mean = (float(t) for t in torch.std_mean(once.detach().float()))
-        if not math.isfinite(spread + mean):
-            return value
-        return cls(tuple(value.shape), value.stride(), value.dtype, value.device, mean, spread)
-
-    @property
-    def nbytes(self) -> int:
-        """As of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def make(self) -> torch.Tensor:
-        """A tensor with memory of its own; elements that shared memory share it again."""
-        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
-        numbers = torch.empty(span, dtype=self.dtype, device=self.device).normal_(self.mean, self.spread)
-        return numbers.as_strided(self.shape, self.strides)
 
 
 def tune_asked(
@@ -148,22 +109,17 @@ def tune_asked(
             new.setdefault(place, question)
     found = []
     for number, question in enumerate(new.values()):
-        say(f"{_bar(number, len(new))} {question.kernel} {dict(question.features)}")
-        tuned = _tune(question, device, limit, measure or _measure_on(device), limit_s)
+        say(f"{bar(number, len(new))} {question.kernel} {dict(question.features)}")
+        tuned = _tune(question, device, limit, measure or measure_on(device), limit_s)
         if tuned is None:
             say(f"{question.kernel}: the present configuration does not run; left as it is")
             continue
         tuning_cache.store(file, tuned.kernel, tuned.features, tuned.config, tuned.us)
         say(f"  {tuned}")
         found.append(tuned)
-    say(f"{_bar(len(new), len(new))} {len(found)} kept in {tuning_cache.path(file)}")
+    say(f"{bar(len(new), len(new))} {len(found)} kept in {tuning_cache.path(file)}")
     tuning.forget()
     return found
-
-
-def _bar(done: int, of: int) -> str:
-    filled = 20 * done // max(of, 1)
-    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{of}"
 
 
 # -- one kernel and bucket ---------------------------------------------------------------------------------------------
@@ -210,10 +166,7 @@ class _Trial:
         assert question.call is not None
         self._question = question
         self._run, args = question.call
-        nbytes = sum(t.nbytes for t in args if isinstance(t, torch.Tensor | Likeness))
-        count = min(24, max(2, math.ceil(COPIES_BYTES / max(nbytes, 1)))) if device.type == "cuda" else 1
-        self.small = nbytes * count < COPIES_BYTES
-        self._copies = [tuple(copied(a) for a in args) for _ in range(count)]
+        self._copies, self.small = copies(args, device)
         self._expected: list[torch.Tensor] = []
         self.calls: dict[Config, list[Callable[[], Any]]] = {}
         self.failed: set[Config] = set()
@@ -221,7 +174,7 @@ class _Trial:
     def add(self, config: Config) -> bool:
         """Compile and run it once, and compare; False where it does not run or computes something else."""
         try:
-            found = _tensors(self._call(config, self._copies[0]))
+            found = tensors(self._call(config, self._copies[0]))
         except Exception:  # noqa: BLE001 - a configuration may not compile or not fit; the others are tried
             self.failed.add(config)
             return False
@@ -260,14 +213,6 @@ class _Trial:
     def _call(self, config: Config, args: tuple[Any, ...]) -> Any:
         with torch.no_grad(), tuning.forced(self._question.kernel, config):
             return self._run(*args)
-
-
-def _measure_on(device: torch.device) -> Measure:
-    def measure(calls: Mapping[str, Sequence[Callable[[], Any]]], small: bool) -> dict[str, float]:
-        timings = measure_kernels(calls, device, small=small, rounds=3, calls=12)
-        return {name: timing.median_ms for name, timing in timings.items()}
-
-    return measure
 
 
 @dataclass(frozen=True)
@@ -325,30 +270,6 @@ def neighbours(config: Config) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results differ by the order of sums and roundings only."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not found.is_floating_point():
-        return torch.equal(found, expected)
-    scale = distance_of(expected, torch.zeros_like(expected))
-    apart, eps = distance_of(found, expected), torch.finfo(found.dtype).eps
-    return apart.rms <= 4 * eps * scale.rms and apart.largest <= 16 * eps * scale.largest
-
-
-def copied(value: Any) -> Any:
-    """A tensor with the same sizes, strides and numbers in memory of its own; other values as they are."""
-    if isinstance(value, Likeness):
-        return value.make()
-    if not isinstance(value, torch.Tensor) or value.numel() == 0:
-        return value
-    span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-    made = value.new_empty(span).as_strided(value.shape, value.stride())
-    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())
-    made[once].copy_(value[once])
-    return made
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what compilers write to standard error, pages for each candidate that does not compile, off the screen."""
@@ -362,7 +283,3 @@ def quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]

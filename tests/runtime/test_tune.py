@@ -22,7 +22,8 @@ from regraft.kernels.config import Config
 from regraft.kernels.tuning import Asked, RowMemory, calling, choose, forced, recorded
 from regraft.runtime import tune as module
 from regraft.runtime.cli import main
-from regraft.runtime.tune import Likeness, Questions, copied, neighbours, same, tune_asked, work
+from regraft.runtime.tune import Questions, neighbours, tune_asked, work
+from regraft.runtime.tune_calls import Likeness, copied, same
 
 CPU = torch.device("cpu")
 DEVICE = "some_gpu"
@@ -196,7 +197,7 @@ def test_the_model_is_run_and_its_questions_collected(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "optimize", lambda model, **options: model)
     monkeypatch.setattr(module, "inputs_for", lambda model, batch, length: {"input_ids": torch.ones(batch, length)})
     best = Config((("BLOCK_N", 2048),), 8, 1)
-    monkeypatch.setattr(module, "_measure_on", lambda device: times(best))
+    monkeypatch.setattr(module, "measure_on", lambda device: times(best))
     (found,) = module.tune(Model(1, 1), [(1, 4), (2, 4)])
     assert found.config["BLOCK_N"] == 2048 and "activation, N 5000" in str(found)
 
