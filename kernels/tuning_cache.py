@@ -44,8 +44,7 @@ def use(folder: Path | None) -> None:
 
 def forget() -> None:
     """Read the file anew."""
-    entries.cache_clear()
-    providers.cache_clear()
+    _measured.cache_clear()
 
 
 def directory() -> Path:
@@ -82,28 +81,29 @@ def _round(value: int) -> int:
     return power * 3 // 4 if value <= power * 3 // 4 else power
 
 
-@functools.cache
 def entries(device: str) -> Mapping[str, Mapping[Bucket, Config]]:
     """What was measured, by kernel and bucket; empty, with a warning, where the file is not one of ours."""
-    file = path(device)
-    try:
-        return _configs(_read(file))
-    except _MALFORMED as error:
-        log.warning("%s is not a file of tuned configurations and is ignored (%s)", file, type(error).__name__)
-        return {}
+    return _measured(device)[0]
 
 
-@functools.cache
 def providers(device: str) -> Mapping[str, Mapping[Bucket, str]]:
     """Which provider was measured to be the fastest, by op and `call_bucket`; empty where `entries` is."""
-    try:
-        return _providers(_read(path(device)))
-    except _MALFORMED:
-        return {}
+    return _measured(device)[1]
 
 
 Sections = dict[str, dict[str, list[dict[str, Any]]]]
-_MALFORMED: Final = (OSError, ValueError, KeyError, TypeError, AttributeError)
+Measured = tuple[Mapping[str, Mapping[Bucket, Config]], Mapping[str, Mapping[Bucket, str]]]
+
+
+@functools.cache
+def _measured(device: str) -> Measured:
+    file = path(device)
+    try:
+        sections = _read(file)
+        return _configs(sections), _providers(sections)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is not a file of tuned configurations and is ignored (%s)", file, type(error).__name__)
+        return {}, {}
 
 
 def _read(file: Path) -> Sections:
