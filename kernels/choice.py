@@ -5,9 +5,9 @@ a set of shapes comes first, in the table of what was measured on the device (se
 
     "providers": {"attention": [{"where": {"D": [65, 128], "Q": [512, 1073741824]}, "provider": "cudnn"}]}
 
-What `python -m regraft tune` measured on this machine for the sizes of the call comes before it. The first entry whose
-ranges hold decides, if its provider is among the kernels that support the call; without one it is the first kernel of
-all.
+The first entry whose ranges hold decides, if its provider is among the kernels that support the call; without one it is
+the first kernel of all. Where `python -m regraft tune` found another to be faster on this machine than that, for calls
+of about these sizes, it is the other.
 """
 
 from __future__ import annotations
@@ -57,24 +57,26 @@ def choose(op: Op, kernels: Sequence[Kernel], args: Sequence[Any], device: torch
         return kernels[0]
     given = arranged(op, tuple(args), {})
     features = features_of(op.name, given)
-    best = _fastest(op, {kernel.provider: kernel for kernel in kernels}, features, device) or kernels[0]
-    for seen in _observers:
+    best = _fastest(op, kernels, features, device)
+    for seen in _observers if not replay.compiling() else ():
         rest = (kernel for kernel in kernels if kernel is not best)
         seen.append(Choice(op, tuple(features.items()), (best, *rest), given))
     return best
 
 
-def _fastest(op: Op, by_name: dict[str, Kernel], features: dict[str, int], device: torch.device) -> Kernel | None:
-    """That which was measured to be; None where nothing was."""
+def _fastest(op: Op, kernels: Sequence[Kernel], features: dict[str, int], device: torch.device) -> Kernel:
+    """By the table, or that which was measured to be faster here."""
     file = tuning.device_limits(device)[0]
+    by_name = {kernel.provider: kernel for kernel in kernels}
+    fitting = (
+        e.provider for e in tuning.providers(file).get(op.name, ()) if e.provider in by_name and e.matches(features)
+    )
+    found = next(fitting, kernels[0].provider)
     if file != tuning.DEFAULT:
         mine = tuning_cache.providers(file).get(op.name, {}).get(tuning_cache.call_bucket(features))
-        if mine in by_name:
-            return by_name[mine]
-    for entry in tuning.providers(file).get(op.name, ()):
-        if entry.provider in by_name and entry.matches(features):
-            return by_name[entry.provider]
-    return None
+        if mine is not None and mine.instead == found and mine.provider in by_name:
+            found = mine.provider
+    return by_name[found]
 
 
 log = logging.getLogger("regraft")

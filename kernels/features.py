@@ -42,6 +42,7 @@ def _attention(args: Sequence[Any]) -> Features:
         "bytes": q.element_size(),
         "kv": math.prod(k.shape[:3]) * (k.shape[3] + v.shape[3]) * k.element_size() >> 20,
         "causal": int(right == 0),
+        "shifted": int(right == 0 and q.shape[2] != k.shape[2]),
         "window": int(left >= 0),
         "softcap": int(softcap != 0.0),
         "mask": int(mask is not None),

@@ -3,9 +3,12 @@
 One file for each device and version of Triton, in `REGRAFT_CACHE_DIR` or `~/.cache/regraft`:
 
     {"kernels": {"linear": [{"features": {"M": 2048, "N": 4096, ...}, "config": {...}, "us": 97.1}]},
-     "providers": {"linear_act": [{"features": {"M": 2048, "N": 4096, ...}, "provider": "wgmma", "us": 97.1}]}}
+     "providers": {"linear_act": [{"features": {"M": 2048, "N": 4096, ...}, "provider": "wgmma", "instead": "cublas",
+                                   "torch": "2.11.0", "us": 97.1}]}}
 
-An entry stands for all calls in its bucket of sizes. A file that cannot be read is left alone, with a warning.
+An entry stands for all calls in its bucket of sizes, one of a provider for those of them for which the table says what
+it was found faster than, and for the version of torch that brought the libraries. A file that cannot be read is left
+alone, with a warning.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import filelock
+import torch
 
 from .config import Config
 
@@ -81,18 +86,34 @@ def _round(value: int) -> int:
     return power * 3 // 4 if value <= power * 3 // 4 else power
 
 
+def span(rounded: int) -> tuple[int, int]:
+    """The smallest and the largest size that `bucket` rounds so."""
+    if rounded <= EXACT:
+        return rounded, rounded
+    power = 1 << (rounded - 1).bit_length()
+    return (power * 3 // 4 if rounded == power else power // 2) + 1, rounded
+
+
 def entries(device: str) -> Mapping[str, Mapping[Bucket, Config]]:
     """What was measured, by kernel and bucket; empty, with a warning, where the file is not one of ours."""
     return _measured(device)[0]
 
 
-def providers(device: str) -> Mapping[str, Mapping[Bucket, str]]:
+@dataclass(frozen=True)
+class Faster:
+    """A provider, and the table's for the call with which it was compared: the same where nothing was faster."""
+
+    provider: str
+    instead: str
+
+
+def providers(device: str) -> Mapping[str, Mapping[Bucket, Faster]]:
     """Which provider was measured to be the fastest, by op and `call_bucket`; empty where `entries` is."""
     return _measured(device)[1]
 
 
 Sections = dict[str, dict[str, list[dict[str, Any]]]]
-Measured = tuple[Mapping[str, Mapping[Bucket, Config]], Mapping[str, Mapping[Bucket, str]]]
+Measured = tuple[Mapping[str, Mapping[Bucket, Config]], Mapping[str, Mapping[Bucket, Faster]]]
 
 
 @functools.cache
@@ -121,11 +142,13 @@ def _configs(sections: Sections) -> dict[str, dict[Bucket, Config]]:
     return found
 
 
-def _providers(sections: Sections) -> dict[str, dict[Bucket, str]]:
-    found: dict[str, dict[Bucket, str]] = {}
+def _providers(sections: Sections) -> dict[str, dict[Bucket, Faster]]:
+    found: dict[str, dict[Bucket, Faster]] = {}
     for op, measured in sections.get("providers", {}).items():
         for entry in measured:
-            found.setdefault(op, {})[call_bucket(entry["features"])] = str(entry["provider"])
+            if entry["torch"] == torch.__version__:
+                place = call_bucket(entry["features"])
+                found.setdefault(op, {})[place] = Faster(str(entry["provider"]), str(entry["instead"]))
     return found
 
 
@@ -157,9 +180,10 @@ def store(device: str, kernel: str, features: Features, config: Config, us: floa
     _add(device, "kernels", kernel, entry, bucket)
 
 
-def store_provider(device: str, op: str, features: Features, provider: str, us: float) -> None:
+def store_provider(device: str, op: str, features: Features, faster: Faster, us: float) -> None:
     """As `store`, of the fastest provider of a call."""
-    entry = {"features": dict(features), "provider": provider, "us": round(us, 3)}
+    named = {"provider": faster.provider, "instead": faster.instead, "torch": torch.__version__}
+    entry = {"features": dict(features), **named, "us": round(us, 3)}
     _add(device, "providers", op, entry, call_bucket)
 
 

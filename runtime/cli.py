@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench_cli.add(verbs)
 
-    tune = verbs.add_parser("tune", help="measure which kernels and configurations are fastest for a model, and keep them")
+    tune = verbs.add_parser("tune", help="measure which kernels and configurations suit a model best, and keep them")
     arguments.model(tune)
     tune.add_argument("--batch", type=arguments.numbers, default=[1], metavar="LIST", help="1,8")
     tune.add_argument("--length", type=arguments.numbers, default=[512], metavar="LIST", help="128,2048")

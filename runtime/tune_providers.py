@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from ..kernels import tuning, tuning_cache
 from ..kernels.choice import Choice
-from .tune_calls import WORTH, Likeness, Measure, copies, measure_on, same, tensors
+from .device_memory import release_unused
+from .tune_calls import Likeness, Measure, copies, measure_on, same, tensors
+
+WORTH: Final = 0.95
+"""Share of the present kernel's time that another must stay below: libraries have more than one speed on a size."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,16 @@ class Fastest:
 
 
 class Calls(list[Choice]):
-    """The first call of each op and bucket without an entry, with no tensor of the model's alive."""
+    """The first call of each op and bucket without an entry, with no floating-point tensor of the model's alive."""
 
-    def __init__(self, known: Mapping[str, Mapping[tuning_cache.Bucket, str]]) -> None:
+    def __init__(self, known: Mapping[str, Mapping[tuning_cache.Bucket, tuning_cache.Faster]]) -> None:
         super().__init__()
         self._seen = {(op, place) for op, entries in known.items() for place in entries}
 
     def append(self, choice: Choice) -> None:
-        """Keep it, if it is a new one and repeating it changes nothing."""
+        """Keep it, if it is new, repeating it changes nothing, and its sizes say all: no indices deal out the work."""
         place = (choice.op.name, tuning_cache.call_bucket(dict(choice.features)))
-        if place in self._seen or choice.op.overload._schema.is_mutable:
+        if place in self._seen or choice.op.overload._schema.is_mutable or any(map(_is_index, choice.args)):
             return
         self._seen.add(place)
         super().append(replace(choice, args=tuple(Likeness.of(a) for a in choice.args)))
@@ -64,11 +68,18 @@ def tune_calls(
     calls, found = list(calls), []
     for number, choice in enumerate(calls):
         say(f"{bar(number, len(calls))} {choice.op.name} {dict(choice.features)}")
-        fastest = _fastest(choice, device, measure or measure_on(device))
+        try:
+            fastest = _fastest(choice, device, measure or measure_on(device))
+        except torch.OutOfMemoryError:
+            if device.type == "cuda":
+                release_unused()
+            say(f"{choice.op.name}: no memory for copies of its arguments; left as it is")
+            continue
         if fastest is None:
             say(f"{choice.op.name}: {choice.kernels[0].provider} does not run; left as it is")
             continue
-        tuning_cache.store_provider(file, fastest.op, fastest.features, fastest.provider, fastest.us)
+        kept = tuning_cache.Faster(fastest.provider, fastest.before)
+        tuning_cache.store_provider(file, fastest.op, fastest.features, kept, fastest.us)
         say(f"  {fastest}")
         found.append(fastest)
     say(f"{bar(len(calls), len(calls))} {len(found)} kept in {tuning_cache.path(file)}")
@@ -102,6 +113,10 @@ def _fastest(choice: Choice, device: torch.device, measure: Measure) -> Fastest 
     return Fastest(
         choice.op.name, features, before, 1e3 * times[before], best, 1e3 * times[best], len(choice.kernels)
     )  # fmt: skip
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def bar(done: int, of: int) -> str:
