@@ -186,6 +186,8 @@ class Program:
     """Of such a graph: the most tokens that a sequence may have, and why; None where there is no end."""
     tabulated: int | None = None
     """Of such a graph: how many positions its tables have; None where it has none."""
+    uncounted: int | None = None
+    """Of such a graph: tokens of this number are no positions for the model, in a prompt."""
 
     @property
     def graph(self) -> fx.Graph:

@@ -19,6 +19,7 @@ class StatelessEngine:
     longest = None
     remembered = None
     counts_padding = False
+    uncounted = None
     encoder = None
 
     def __init__(self, model: Any) -> None:

@@ -192,6 +192,7 @@ def _compiled(
     output = next(n for n in made.graph.nodes if n.op == "output")
     flat = FlatProgram(made, builder.weights, int(output.args[0][0].meta["val"].shape[-1]), encoder)
     flat.captured = program
+    flat.uncounted = program.uncounted
     return flat
 
 
@@ -244,7 +245,7 @@ def _captured(builder: Builder) -> Program:
     _check_sizes(program, tensors)
     program.example = tensors
     if "position_ids" not in tensors:
-        positions_as_input(program, everything["position_ids"])
+        positions_as_input(program, everything["position_ids"], builder.module, beside)
     return program
 
 

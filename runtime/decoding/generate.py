@@ -57,6 +57,10 @@ class Serves(Protocol):
         """Whether only HuggingFace's loop can say what a prompt behind padding is."""
 
     @property
+    def uncounted(self) -> int | None:
+        """The same of a prompt that has tokens of this number beside others."""
+
+    @property
     def encoder(self) -> Keeps | None:
         """What keeps an encoder's states; None where the model has no encoder."""
 
@@ -88,6 +92,8 @@ class _Call:
     """Why the engine cannot serve it, by what is known before it is prepared."""
     way: str = "HuggingFace's loop"
     """What serves it, as it turns out."""
+    prompt: Any = None
+    """What the caller gives a decoder beside an encoder to begin with."""
     in_step: bool = True
     """Whether it runs in HuggingFace's loop for sure."""
     recipe: Recipe | None = None
@@ -232,7 +238,7 @@ class PrepareCache:
             reason = refused_states(arguments, engine.encoder)
         if engine is not None and reason is None:
             reason = (
-                moved(engine, own)
+                moved(engine, own, call.prompt)
                 or too_long(engine, own, length)
                 or (too_many(engine, arguments) if call.in_step else None)
             )
@@ -270,7 +276,7 @@ class Generate:
             found = self._again(known, recipe)
             if found is not None:
                 return found
-        calls.call = call = _Call(WITHIN if outer is not None else None)
+        calls.call = call = _Call(WITHIN if outer is not None else None, prompt=kwargs.get("decoder_input_ids"))
         try:
             own = outer is None and type(self.decoding.model).generate is GenerationMixin.generate
             loop = self._loop(call, args, kwargs) if own else None
@@ -382,6 +388,7 @@ def decode(decoding: Decoding, call: _Call, input_ids: Tensor, streamer: Any, pr
 FAST = "the fast loop"
 WITHIN = "a call from within another, as of a processor"
 HOOKED = "a hook on the model itself"
+PADDED = "padding, over which this model counts its positions"
 SCORES = "scores or logits of each step"
 STREAMED_BATCH = "a streamer for more than one sequence"
 QUIET = (SCORES, STREAMED_BATCH)
@@ -464,12 +471,14 @@ def too_many(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
     return f"{batch.shape[0]} sequences in step, more than max_batch_size={engine.rows}"
 
 
-def moved(engine: Serves, arguments: Mapping[str, Any]) -> str | None:
+def moved(engine: Serves, arguments: Mapping[str, Any], prompt: Any = None) -> str | None:
     """Why padding keeps a call from the engine, or None."""
     mask = arguments.get("attention_mask")
-    if not engine.counts_padding or not isinstance(mask, Tensor) or bool(mask.all()):
-        return None
-    return "padding, over which this model counts its positions"
+    if engine.counts_padding and isinstance(mask, Tensor) and not bool(mask.all()):
+        return PADDED
+    if engine.uncounted is not None and isinstance(prompt, Tensor) and bool((prompt == engine.uncounted).any()):
+        return PADDED
+    return None
 
 
 def too_long(engine: Serves, arguments: Mapping[str, Any], length: int) -> str | None:

@@ -96,6 +96,8 @@ class FlatProgram:
         """The most tokens for which there are values of positions; None: they are computed."""
         self.counts_padding = False
         """Whether the model itself gives tokens behind padding other positions than they have here."""
+        self.uncounted: int | None = None
+        """The number of tokens that the model itself counts as no positions, in a prompt."""
         self.captured: Program | None = None
         """The forward over flat tokens as it was captured."""
         self._weights = weights

@@ -48,6 +48,11 @@ class Paged:
         return self.flat.counts_padding
 
     @property
+    def uncounted(self) -> int | None:
+        """Tokens of this number are no positions for the model, in a prompt."""
+        return self.flat.uncounted
+
+    @property
     def encoder(self) -> Keeps | None:
         """What keeps an encoder's states, where the model has one."""
         return self.engine if self.flat.encoder is not None else None

@@ -162,3 +162,35 @@ def test_beside_a_picture(make: Any) -> None:
         given = {"flattened_patches": torch.cat([places, torch.randn(3, 16, 12)], -1)}
     calls: list[dict[str, Any]] = [{"max_new_tokens": 8}, {"max_new_tokens": 8, "num_beams": 3}]
     assert compare(model, [given], calls) == {FAST: 1, PAGES: 1}
+
+
+def counts_tokens() -> Any:
+    """Positions are the tokens so far that are not padding."""
+    sizes = {**zoo.ENTRIES["bart"].arguments, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    return transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**sizes))
+
+
+def slices_a_buffer() -> Any:
+    """Positions are a part of a table of them, of which tokens' types are gathered."""
+    sizes = {**zoo.ENTRIES["bert"].arguments, "num_hidden_layers": 1, "eos_token_id": 2}
+    decoder = transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**sizes), decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, zoo.PAD
+    return transformers.EncoderDecoderModel(config)
+
+
+@pytest.mark.parametrize("make", [counts_tokens, slices_a_buffer])
+def test_positions_of_its_own(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0)
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 12, "min_new_tokens": 12},
+        {"max_new_tokens": 6, "decoder_input_ids": torch.tensor([[2, 5, 6]] * 3)},
+        {"max_new_tokens": 8, "num_beams": 3},
+    ]
+    assert compare(model, [text(9)], calls) == {FAST: 2, PAGES: 1}
+    if make is counts_tokens:
+        begun = {"max_new_tokens": 6, "decoder_input_ids": torch.tensor([[zoo.PAD, 5, 6]] * 3)}
+        assert compare(model, [text(9)], [begun], reason="counts its positions") == {HUGGINGFACE: 1}
