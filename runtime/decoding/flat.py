@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from ...compiler.arange import positions_as_input
 from ...compiler.cache_recording import Blueprint
@@ -74,6 +75,7 @@ def make(builder: Builder) -> FlatProgram | Unserved:
             raise CacheError(reason)
         with evaluating(builder.module):
             _check_state(builder)
+            _check_tokens(builder)
             flat, checked, again = _build(builder)
     except (CacheError, CaptureError) as error:
         reason = error.reason if isinstance(error, CaptureError) else str(error)
@@ -136,6 +138,22 @@ def _check_state(builder: Builder) -> None:
             Blueprint.of(cache)
         except ValueError as error:
             raise CacheError(str(error)) from error
+
+
+def _check_tokens(builder: Builder) -> None:
+    """Raises CacheError where `generate` gives the model other tokens than the prompt's and those it said."""
+    prepare = getattr(type(builder.module), "prepare_inputs_for_generation", None)
+    if prepare in (None, GenerationMixin.prepare_inputs_for_generation) or is_encoder_decoder(builder.module):
+        return
+    tokens = torch.tensor([[3, 4]], device=builder.device)
+    try:
+        given = prepare(builder.module, tokens, attention_mask=torch.ones_like(tokens), is_first_iteration=True)
+    except Exception:
+        log.debug("%s: what it is given could not be looked at", builder.record.model, exc_info=True)
+        return
+    prepared = given.get("input_ids")
+    if isinstance(prepared, Tensor) and not torch.equal(prepared, tokens):
+        raise CacheError("its prepare_inputs_for_generation adds tokens of its own")
 
 
 def _build(builder: Builder) -> tuple[FlatProgram, Checked, str | None]:

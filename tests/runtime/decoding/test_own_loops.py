@@ -37,3 +37,16 @@ def test_a_loop_of_the_models_own() -> None:
     with torch.no_grad(), pytest.warns(RegraftWarning, match="a generate of the model's own, which names no mode"):
         assert torch.equal(model.generate(ids), expected)
     assert model.report.record.generated == {"HuggingFace's loop": 1}
+
+
+def test_tokens_of_the_models_own() -> None:
+    """XLM says what stands in the place of a mask that its `prepare_inputs_for_generation` puts behind all tokens."""
+    sizes = {"emb_dim": 48, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64, "mask_token_id": 4}
+    numbers = {"pad_token_id": 0, "pad_index": 0, "bos_token_id": 1, "eos_token_id": 2, "n_langs": 1}
+    torch.manual_seed(0)
+    plain = tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=zoo.VOCAB, causal=True, **sizes, **numbers)).eval()
+    given = {"input_ids": tokens(2, 7), "max_new_tokens": 6, "do_sample": False}
+    expected = plain.generate(**given)
+    model = regraft.optimize(plain, verify="off", verbose=False)
+    with pytest.warns(RegraftWarning, match="adds tokens of its own"):
+        assert torch.equal(model.generate(**given), expected)
