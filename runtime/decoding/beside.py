@@ -40,7 +40,7 @@ def refused_states(arguments: Mapping[str, Any], keeps: Keeps) -> str | None:
     if outputs is None:
         return f"a call without {OUTPUTS}"
     names = outputs.keys() if isinstance(outputs, Mapping) else _UNREAD[: len(outputs)]
-    other = [name for name in names if name not in _UNREAD]
+    other = [name for name in names if name not in _UNREAD and not _hides_nothing(name, outputs)]
     if other:
         return f"{OUTPUTS} with {other[0]}"
     mask = arguments.get("attention_mask")
@@ -55,6 +55,10 @@ def states_of(arguments: Mapping[str, Any], keeps: Keeps) -> list[Tensor]:
     if mask is None or bool((mask != 0).all()):
         return list(states)
     return [row[seen] for row, seen in zip(states, mask != 0, strict=True)]
+
+
+def _hides_nothing(name: str, outputs: Any) -> bool:
+    return name == "attention_mask" and bool((outputs[name] != 0).all())
 
 
 def _lengths(states: Tensor, mask: Tensor | None) -> list[int]:

@@ -29,12 +29,20 @@ from ..weights import Weights
 RENAMED = {"input_ids": "decoder_input_ids", "position_ids": "decoder_position_ids"}
 
 
+class _States(BaseModelOutput):
+    """An encoder's states, and None for whatever else some encoder returns."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def as_decoder(forward: Callable[..., Any]) -> Callable[..., Any]:
     """An encoder-decoder's forward as that of its decoder: input_ids, position_ids, encoder_states `[B, N, E]`."""
 
     def decoder(*args: Any, encoder_states: Any, **kwargs: Any) -> Any:
         given = {RENAMED.get(name, name): value for name, value in kwargs.items()}
-        return forward(*args, encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states), **given)
+        return forward(*args, encoder_outputs=_States(last_hidden_state=encoder_states), **given)
 
     decoder.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return decoder

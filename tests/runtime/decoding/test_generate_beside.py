@@ -62,7 +62,7 @@ def compare(
         warnings.simplefilter("always", RegraftWarning)
         actual = run()
     said = [str(w.message) for w in caught if issubclass(w.category, RegraftWarning)]
-    assert any(reason in text for text in said) if reason is not None else not said
+    assert any(reason in text for text in said) if reason is not None else not said, said
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-5) if a.is_floating_point() else torch.equal(a, e)
     if reason is None:
@@ -177,6 +177,24 @@ def slices_a_buffer() -> Any:
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**sizes), decoder)
     config.decoder_start_token_id, config.pad_token_id = 1, zoo.PAD
     return transformers.EncoderDecoderModel(config)
+
+
+def test_what_its_encoder_returns_beside_states() -> None:
+    """Moonshine's decoder reads the mask of its encoder's states: none, or one that hides nothing of whole recordings."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+    heads = {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4}
+    config = transformers.MoonshineConfig(
+        vocab_size=zoo.VOCAB, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1
+    )
+    torch.manual_seed(0)
+    model = transformers.MoonshineForConditionalGeneration(config).eval()
+    sound = {"input_values": torch.randn(3, 2000)}
+    whole = {**sound, "attention_mask": torch.ones(3, 2000, dtype=torch.long)}
+    assert compare(model, [sound, whole], [{"max_new_tokens": 8}]) == {FAST: 2}
+    part = {**whole, "attention_mask": (torch.arange(2000) < torch.tensor([[2000], [300], [700]])).long()}
+    assert compare(model, [part], [{"max_new_tokens": 8}], reason="encoder_outputs with attention_mask") == {
+        HUGGINGFACE: 1
+    }
 
 
 @pytest.mark.parametrize("make", [counts_tokens, slices_a_buffer])
