@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from .cache_recording import Blueprint
+from .eager_branches import eager_branches
 from .errors import CaptureError, RefusedError, first_lines, model_files, source_line
 from .example_inputs import enlarge, on_device, proposals, same_batch, same_length
 from .functional import functional
@@ -96,7 +97,13 @@ def _capture(
             raise _failure(error, files, "its forward fails as it is captured", RefusedError) from error
         blueprint = _blueprint(returned, static)
         call = _Call(model, forward, static, blueprint)
-        exported, notes = _export(call, values, examples, files)
+        try:
+            exported, notes = _export(call, values, examples, files)
+        except CaptureError:
+            with eager_branches(model) as others:
+                if not others:
+                    raise
+                exported, notes = _export(call, values, examples, files)
     return _program(exported, call, model, examples, blueprint, [*state.notes, *notes], files)
 
 

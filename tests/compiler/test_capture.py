@@ -3,6 +3,7 @@ padded or not, with and without a cache; and capturing leaves no trace on the mo
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -456,3 +457,20 @@ def test_capturing_with_a_padded_example(side: str) -> None:
     assert [n.target for n in program.graph.nodes].count(torch.ops.regraft.attention.default) == 2
     assert not program.notes
     compare(program, model, resized(padded, 3, 14, "left"), {"use_cache": False})
+
+
+def test_code_that_runs_otherwise_where_it_is_compiled() -> None:
+    """LongT5 makes a mask of ones where the caller gave none, unless a compiler asks, and relies on it in any case."""
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 1, "local_radius": 3}
+    torch.manual_seed(0)
+    config = tf.LongT5Config(vocab_size=zoo.VOCAB, **sizes, pad_token_id=0, decoder_start_token_id=0)
+    model = tf.LongT5ForConditionalGeneration(config).eval()
+    asks = vars(inspect.getmodule(type(model)))["is_torchdynamo_compiling"]
+    inputs = {
+        "input_ids": torch.randint(3, zoo.VOCAB, (2, 9)),
+        "decoder_input_ids": torch.randint(3, zoo.VOCAB, (2, 7)),
+    }
+    program = capture(model, inputs, {}, cache=False)
+    assert vars(inspect.getmodule(type(model)))["is_torchdynamo_compiling"] is asks
+    these = {name: torch.randint(3, zoo.VOCAB, (3, 14)) for name in inputs}
+    assert_same(run(program, model, these).logits, eager(model, these, {"use_cache": False}).logits)

@@ -180,7 +180,7 @@ def slices_a_buffer() -> Any:
 
 
 def test_what_its_encoder_returns_beside_states() -> None:
-    """Moonshine's decoder reads the mask of its encoder's states: none, or one that hides nothing of whole recordings."""
+    """Moonshine's decoder reads a mask of its encoder's states: none, or one that hides nothing of whole recordings."""
     sizes = {"hidden_size": 48, "intermediate_size": 64, "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
     heads = {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4}
     config = transformers.MoonshineConfig(
