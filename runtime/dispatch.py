@@ -46,8 +46,8 @@ MAX_SIGNATURES = 32
 MAX_VARIANTS = 4
 """Graphs kept for one signature where the model's code fixes sizes, each of which then needs a graph of its own."""
 PATIENCE = 30.0
-"""Seconds that the graphs of a signature may take to make where each length needs its own (a scan unrolled), and that
-may go by in vain before signatures that are new are left alone, too."""
+"""Seconds that graphs may take to make where each length needs its own (a scan unrolled), and that may go by in vain
+before signatures that are new are left alone, too."""
 TRIED = 3
 """Signatures that are tried however long that takes."""
 
@@ -242,8 +242,7 @@ class Dispatch(StandIn):
         if len(known) >= MAX_VARIANTS:
             violation = known[0].violation(call.tensors)
             return Unserved(f"sizes beyond the {MAX_VARIANTS} fixed ones that are kept ({violation})")
-        estimated = self._estimate(call)
-        if estimated and estimated + sum(s.seconds for s in known) > PATIENCE:
+        if self._takes_long(call, known):
             return Unserved(
                 f"a length that the model's code fixes: graphs for each of them would take over {PATIENCE:.0f} s"
             )
@@ -288,20 +287,17 @@ class Dispatch(StandIn):
         finally:
             self._local.inside = False
 
-    def _estimate(self, call: Call) -> float:
-        """Seconds to make a graph for this call, if graphs so far hold for one length each: they grow with it."""
-        found = 0.0
+    def _takes_long(self, call: Call, known: list[Served]) -> bool:
+        """Whether graphs that hold for one length each, of whatever signatures, take too long with one for this call.
+
+        They take as long as they are long. A signature that is new has its share of the time that they all have.
+        """
+        estimated, spent = 0.0, 0.0
         for served in self.graphs:
-            for name, guard in served.executable.program.limits.tensors.items():
-                tensor = call.tensors.get(name)
-                if tensor is None or tensor.dim() < 2 or len(guard.shape) != tensor.dim():
-                    continue
-                if not by_tokens(name) and (tensor.dim() != 3 or not tensor.is_floating_point()):
-                    continue  # neither tokens nor the states of a block
-                fixed = guard.shape[1]
-                if isinstance(fixed, int) and tensor.shape[1] != fixed:
-                    found = max(found, served.seconds * tensor.shape[1] / fixed)
-        return found
+            ratio = _ratio(call, served)
+            estimated = max(estimated, served.seconds * ratio)
+            spent += served.seconds if ratio or any(served is other for other in known) else 0.0
+        return bool(estimated) and estimated + spent > PATIENCE
 
     def parts_take_long(self) -> bool:
         """Whether no more parts are captured, which is noted once: a forward that waits for them seems to hang."""
@@ -403,6 +399,21 @@ class Dispatch(StandIn):
         shared = {name: state.pop(name) for name in ("options", "stages")}
         other.__setstate__({**copy.deepcopy(state, memo), **shared})
         return other
+
+
+def _ratio(call: Call, served: Served) -> float:
+    """How much longer a call is than the one length that a graph holds for; 0 where that does not keep it from it."""
+    found = 0.0
+    for name, guard in served.executable.program.limits.tensors.items():
+        tensor = call.tensors.get(name)
+        if tensor is None or tensor.dim() < 2 or len(guard.shape) != tensor.dim():
+            continue
+        if not by_tokens(name) and (tensor.dim() != 3 or not tensor.is_floating_point()):
+            continue  # neither tokens nor the states of a block
+        fixed = guard.shape[1]
+        if isinstance(fixed, int) and tensor.shape[1] != fixed:
+            found = max(found, tensor.shape[1] / fixed)
+    return found
 
 
 class _Bound:

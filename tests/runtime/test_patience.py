@@ -65,6 +65,29 @@ def test_lengths_that_need_a_graph_each_share_their_time(kind: type[nn.Module], 
     assert all(said in reason for reason in model.report.record.fallbacks)
 
 
+class UnrolledTimes(Unrolled):
+    """Each number is another signature."""
+
+    def forward(self, input_ids: torch.Tensor, times: int = 1) -> torch.Tensor:
+        return super().forward(input_ids) * times
+
+
+@pytest.mark.parametrize(("step", "graphs"), [(1, 2), (0, 6)])
+def test_signatures_share_the_time_of_lengths(step: int, graphs: int) -> None:
+    """What fixes a length does so for other arguments, too; of a length that all have there is a graph each."""
+    torch.manual_seed(0)
+    plain = UnrolledTimes().eval()
+    model = optimized(copy.deepcopy(plain), example_inputs={"input_ids": given(plain, 6)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RegraftWarning)
+        for times in range(1, 6):
+            for served in model.forward.graphs:
+                served.seconds = 12.0
+            ids = given(plain, 6 + step * times)
+            torch.testing.assert_close(model(ids, times=times + 1), plain(ids, times=times + 1).detach())
+    assert len(model.forward.graphs) == graphs
+
+
 class Guarded(nn.Module):
     """Decides by the values of its input, which no graph can."""
 
