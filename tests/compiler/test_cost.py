@@ -8,7 +8,9 @@ import pytest
 import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -171,3 +173,16 @@ def test_an_unknown_gpu_from_its_properties_is_near_its_datasheet() -> None:
     assert listed is not None
     assert made.flops_of(torch.bfloat16) == pytest.approx(listed.flops_of(torch.bfloat16), rel=0.1)
     assert made.bytes_per_s == pytest.approx(listed.bytes_per_s, rel=0.1)
+
+
+def test_sizes_that_the_graph_computes() -> None:
+    """Whether a reshape copies cannot be said of strides that nobody knows: it is taken to."""
+    environment = ShapeEnv()
+    with FakeTensorMode(shape_env=environment):
+        size = environment.create_unbacked_symint()
+        x, flat = torch.empty_strided((8, size), (2 * size, 2)), torch.empty(8 * size)
+    graph = fx.Graph()
+    given = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.reshape.default, (given, [-1]))
+    given.meta, node.meta = {"val": x}, {"val": flat}
+    assert evaluate(node_cost(node).bytes, {size.node.expr: 5}, 1) == 2 * 8 * 5 * 4
