@@ -26,6 +26,7 @@ from ..executable import Executable
 from ..oracle import run_oracle, run_reference
 from ..weights import Weights
 
+MASK = "decoder_attention_mask"
 RENAMED = {"input_ids": "decoder_input_ids", "position_ids": "decoder_position_ids"}
 
 
@@ -39,9 +40,12 @@ class _States(BaseModelOutput):
 
 def as_decoder(forward: Callable[..., Any]) -> Callable[..., Any]:
     """An encoder-decoder's forward as that of its decoder: input_ids, position_ids, encoder_states `[B, N, E]`."""
+    taken = inspect.signature(forward).parameters
 
     def decoder(*args: Any, encoder_states: Any, **kwargs: Any) -> Any:
         given = {RENAMED.get(name, name): value for name, value in kwargs.items()}
+        if MASK in taken:  # without one some ask which tokens are padding, but only where they are given no cache
+            given.setdefault(MASK, torch.ones_like(given["decoder_input_ids"]))
         return forward(*args, encoder_outputs=_States(last_hidden_state=encoder_states), **given)
 
     decoder.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]

@@ -197,6 +197,19 @@ def test_what_its_encoder_returns_beside_states() -> None:
     }
 
 
+def test_a_decoder_that_asks_which_tokens_are_padding() -> None:
+    """T5Gemma does where it has no mask and no cache, so in no step of `generate`; some layers see a window."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: zoo.ENTRIES["gemma2"].arguments[name] for name in names}
+    sizes |= {"head_dim": 16, "sliding_window": 5, "num_hidden_layers": 2, "pad_token_id": zoo.PAD, "bos_token_id": 1}
+    config = transformers.T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), vocab_size=zoo.VOCAB)
+    torch.manual_seed(0)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    begun = {"max_new_tokens": 6, "decoder_input_ids": torch.tensor([[1, zoo.PAD, 6]] * 3)}
+    calls: list[dict[str, Any]] = [{"max_new_tokens": 12, "min_new_tokens": 12}, begun]
+    assert compare(model, [text(9)], calls) == {FAST: 2}
+
+
 @pytest.mark.parametrize("make", [counts_tokens, slices_a_buffer])
 def test_positions_of_its_own(make: Any) -> None:
     torch.manual_seed(0)
