@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._prims_common import is_contiguous_or_false
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..kernels.cost import Cost, nbytes, numel, sizes
 from ..kernels.op import Op
@@ -125,7 +125,10 @@ def _is_view(target: torch._ops.OpOverload, name: str, inputs: list[torch.Tensor
         return True
     if name in ("to", "type_as", "_to_copy"):
         return inputs[0].dtype == outputs[0].dtype and inputs[0].device == outputs[0].device
-    return is_contiguous_or_false(inputs[0])  # whose sizes may be numbers that the graph computes
+    try:
+        return inputs[0].is_contiguous()
+    except GuardOnDataDependentSymNode:  # sizes are numbers that the graph computes
+        return False
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
