@@ -29,13 +29,15 @@ from ..kernels.tuning import Asked
 from .bench_forward import bound_call
 from .loading import inputs_for
 from .optimize import optimize
-from .tune_calls import WORTH, Likeness, Measure, copies, measure_on, same, tensors
+from .tune_calls import Likeness, Measure, copies, measure_on, same, tensors
 from .tune_providers import Calls, Fastest, bar, tune_calls
 
 MOST: Final = 16
 """Candidates of one round."""
 STEPS: Final = 3
 """Rounds of neighbours at most."""
+WORTH: Final = 0.98
+"""Share of the present configuration's time that another must stay below to replace it."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from .sliced import distance_of
 from .timing import measure_kernels
 
 COPIES_BYTES: Final = 320 << 20
-WORTH: Final = 0.98
-"""Share of the present configuration's time that another must stay below to replace it."""
 
 Measure = Callable[[Mapping[str, Sequence[Callable[[], Any]]], bool], Mapping[str, float]]
 """Milliseconds of each candidate, given as a call for each copy of the arguments; whether all copies are small."""

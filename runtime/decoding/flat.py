@@ -19,7 +19,7 @@ from ...compiler.cache_recording import Blueprint
 from ...compiler.capture import capture
 from ...compiler.causal import CacheError
 from ...compiler.cross import STATES
-from ...compiler.errors import CaptureError
+from ...compiler.errors import CaptureError, first_lines
 from ...compiler.flatten import flattened
 from ...compiler.module_state import state_kept
 from ...compiler.outputs import caches
@@ -148,9 +148,8 @@ def _check_tokens(builder: Builder) -> None:
     tokens = torch.tensor([[3, 4]], device=builder.device)
     try:
         given = prepare(builder.module, tokens, attention_mask=torch.ones_like(tokens), is_first_iteration=True)
-    except Exception:
-        log.debug("%s: what it is given could not be looked at", builder.record.model, exc_info=True)
-        return
+    except Exception as error:
+        raise CacheError(f"its prepare_inputs_for_generation fails for two tokens: {first_lines(error)}") from error
     prepared = given.get("input_ids")
     if isinstance(prepared, Tensor) and not torch.equal(prepared, tokens):
         raise CacheError("its prepare_inputs_for_generation adds tokens of its own")
