@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .op import Signature, TensorSpec
-from .replay import empty, empty_like, launch, library, rows_like
+from .replay import empty, empty_like, launch, launch_in_clusters, library, rows_like
 
-__all__ = ["empty", "empty_like", "launch", "library", "rows_like"]
+__all__ = ["empty", "empty_like", "launch", "launch_in_clusters", "library", "rows_like"]
 
 TL_DTYPES: Final[Mapping[torch.dtype, tl.dtype]] = MappingProxyType(
     {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

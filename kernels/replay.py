@@ -138,18 +138,41 @@ def library(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return result
 
 
+def _in_clusters(compiled: Any, programs: int) -> None:
+    """Has a kernel launched in clusters that was compiled, as Gluon's are here, for programs of their own."""
+    from triton.compiler.compiler import make_backend  # only where kernels run
+
+    metadata = compiled.metadata._replace(num_ctas=programs)
+    compiled.packed_metadata = make_backend(metadata.target).pack_metadata(metadata)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, remembered if a recording is under way."""
+    _launch(1, kernel, grid, args, constants)
+
+
+def launch_in_clusters(size: int, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """As `launch`; each `size` programs next to each other, of `grid` in all, are a cluster."""
+    _launch(size, kernel, grid, args, constants)
+
+
+def _launch(cluster: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     if compiling():
         _current.kernel = kernel
         kernel.run(*args, grid=grid, warmup=True, **constants)
         return
+    clusters = (grid[0] // cluster, *grid[1:])
+
+    def run() -> Any:
+        if cluster > 1:
+            _in_clusters(kernel.run(*args, grid=grid, warmup=True, **constants), cluster)
+        return kernel[clusters](*args, **constants)
+
     mode = _Behind.mode
-    run = kernel[grid]
-    compiled = run(*args, **constants) if mode is None else mode.launch(lambda: run(*args, **constants))
+    compiled = run() if mode is None else mode.launch(run)
     recording = _current.recording
     if recording is not None:
-        recording.add(kernel, compiled, grid, args, constants)
+        recording.add(kernel, compiled, clusters, args, constants)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from regraft.kernels import (
     qkv_rope_stream,
     qkv_rope_strip,
     rms_norm_triton,
+    slab_gluon,
     softmax_ring,
     stream_gluon,
     strip_gluon,
@@ -122,6 +123,13 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             while launched:
                 row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
                 rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
+        slab_gluon.multiprocessors = lambda device: 132
+        wide = torch.empty(28672, 1024, dtype=half)
+        for run, big in ((slab_gluon.linear_act, wide), (slab_gluon.gate_up, wide), (slab_gluon.linear_act, weight)):
+            run(torch.empty(40, big.shape[1], dtype=half), big, None, "silu")
+            kernel, _ = launched.pop()
+            row = {"case": f"slab {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
+            rows.append({**row, "estimate": slab_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
         softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE

@@ -1,0 +1,182 @@
+"""Linear layers of up to 64 rows on Hopper at the speed of the memory: launches `slab_kernel`.
+
+Calls that the kernel cannot read, or whose weight has more rows than all programs together take, are left to
+`stream_gluon`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import linear_act as ops
+from . import linear_act_triton, stream_gluon
+from .launch import empty, launch_in_clusters, multiprocessors, on_device
+from .linear_act_wgmma import refuse_operands
+from .op import Kernel, Signature
+from .slab_kernel import slab_kernel
+
+UNIT: Final = 8
+"""Rows of the weight that a slab is a multiple of."""
+MOST: Final = 256
+"""Rows of a slab at most, all parts together: their sums stay in registers."""
+PIECES: Final = 3
+"""Powers of two that a slab's rows are the sum of, at most: each is a copy for itself in every step."""
+ONE, ONE_SHARED, TWO = 64, 32, 128
+"""Rows of a slab, all parts together, up to which it has one piece, where programs share columns, and two."""
+RING: Final = 216 * 1024
+"""Bytes of shared memory for weights and rows of x on their way."""
+BLOCK_ROWS: Final = 64
+"""Rows of x that the matrix unit multiplies."""
+NARROW: Final = 64
+"""Rows of a slab up to which a step has 256 columns, else 128."""
+SHARED_ROWS: Final = (32, 48)
+"""Rows of a slab between which two programs have twice as many, and half of the columns, if there are SHARED_COLUMNS;
+where there are MANY_COLUMNS, of fewer rows too."""
+SHARED_COLUMNS, MANY_COLUMNS = 3072, 4097
+AHEAD: Final = 64 * 1024
+"""Bytes of weights before the wait at most, and a quarter of a program's, but all stages but one where it has LONG:
+x comes behind them."""
+LONG: Final = 768 * 1024
+
+
+def _sizes(rows: int) -> tuple[int, ...]:
+    """Powers of two that add up to them, the largest first."""
+    return tuple(1 << bit for bit in range(rows.bit_length() - 1, -1, -1) if rows >> bit & 1)
+
+
+def _rows(n: int, programs: int, parts: int, single: int) -> int:
+    """Rows of each part in a slab, if that many programs share n: as few as can be with few pieces.
+
+    `single`: rows of all parts up to which there is one.
+    """
+    rows = triton.cdiv(triton.cdiv(n, programs), UNIT) * UNIT
+    while len(_sizes(rows)) > 1 + sum(parts * rows > limit for limit in (single, TWO)):
+        rows += UNIT
+    return rows
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a product is dealt out."""
+
+    split: int
+    """Programs of a cluster, each with a share of the columns."""
+    rows: int
+    """Of each part in a slab."""
+    parts: int
+
+    @property
+    def columns(self) -> int:
+        """Of a step."""
+        return 256 if self.parts * self.rows <= NARROW else 128
+
+    def grid(self, n: int) -> tuple[int]:
+        return (triton.cdiv(n, self.rows) * self.split,)
+
+    def descriptor(self, tensor: Tensor, parts: int, apart: int, rows: int) -> TensorDescriptor:
+        """A matrix whose rows have `parts`, that many rows `apart`; each with as many rows as TMA copies at once."""
+        (n, k), step = tensor.shape, tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+        shape, strides = [parts, n - (parts - 1) * apart, k], [max(1, apart) * step, step, 1]
+        layout = gl.NVMMASharedLayout(128, 16, 3)
+        return TensorDescriptor(tensor, shape, strides, [parts, rows, self.columns], layout)
+
+    def options(self, rows: Tensor) -> tuple[TensorDescriptor, int, dict[str, Any]]:
+        """x as TMA reads it, steps of a program, what is decided when the kernel is compiled."""
+        m, k = rows.shape
+        box = next(size for size in (8, 16, 32, 64) if m <= size)
+        boxes = 1
+        if box > 8 and m < box:
+            box, boxes = box // 2, 2
+        slab = self.parts * self.rows
+        steps = triton.cdiv(k, self.columns * self.split)
+        stages = min(max(2, steps), RING // (2 * self.columns * (BLOCK_ROWS + slab)))
+        stage, share = 2 * self.columns * slab, 2 * slab * k // self.split
+        early = round(min(share / 4, AHEAD) / stage) if share < LONG else stages
+        options = {
+            "SPLIT": self.split,
+            "STAGES": stages,
+            "EARLY": min(max(1, early), stages - 1),
+            "num_warps": 4,
+            "launch_pdl": True,
+        }
+        return self.descriptor(rows, boxes, m - box if boxes == 2 else 0, box), steps, options
+
+
+def _plan(n: int, k: int, parts: int, programs: int) -> _Plan | None:
+    """For n rows of each part and k columns; `None` if these are more rows than all programs together take."""
+    low, high = SHARED_ROWS
+    least = parts * triton.cdiv(n, programs)
+    shared = k >= (SHARED_COLUMNS if least > low else MANY_COLUMNS) and least <= high and programs > 1
+    split, single = (2, ONE_SHARED) if shared else (1, ONE)
+    rows = _rows(n, programs // split, parts, single)
+    return _Plan(split, rows, parts) if parts * rows <= MOST else None
+
+
+def _plan_of(rows: Tensor, weight: Tensor, parts: int) -> _Plan | None:
+    """How x `[M, K]` is multiplied by the weight, or `None` if this kernel does not."""
+    n, k = weight.shape
+    if n % (8 * parts) or not stream_gluon.readable(rows, weight):
+        return None
+    return _plan(n // parts, k, parts, multiprocessors(rows.device))
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
+    rows, parts = x.reshape(-1, x.shape[-1]), 2 if gated else 1
+    n = weight.shape[0] // parts
+    plan = _plan_of(rows, weight, parts)
+    if plan is None:
+        return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
+    y = empty((*x.shape[:-1], n), x.dtype, x.device)
+    x_desc, steps, options = plan.options(rows)
+    pieces = [plan.descriptor(weight, parts, n if gated else 0, size) for size in _sizes(plan.rows)]
+    with on_device(x):
+        launch_in_clusters(
+            plan.split,
+            slab_kernel,
+            plan.grid(n),
+            x_desc,
+            *(pieces[i % len(pieces)] for i in range(PIECES)),
+            x if bias is None else bias,
+            y,
+            rows.shape[0],
+            n // 8,
+            steps,
+            0 if bias is None else bias.stride(0),
+            HAS_BIAS=bias is not None,
+            KIND=kind,
+            COUNT=len(pieces),
+            **options,
+        )
+    return y
+
+
+def _supports(signature: Signature) -> str | None:
+    refused = linear_act_triton.refuse_linear(signature) or refuse_operands(signature)
+    return refused or stream_gluon.refuse_rows(signature)
+
+
+def _supports_gate_up(signature: Signature) -> str | None:
+    refused = linear_act_triton.refuse_gate_up(signature) or refuse_operands(signature)
+    return refused or stream_gluon.refuse_rows(signature)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """As the op `linear_act`."""
+    return _run(x, weight, bias, kind, gated=False)
+
+
+def gate_up(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """As the op `gate_up`."""
+    return _run(x, weight, bias, kind, gated=True)
+
+
+KERNELS: Final = (
+    Kernel(ops.linear_act, "slab", linear_act, _supports, early=("weight",)),
+    Kernel(ops.gate_up, "slab", gate_up, _supports_gate_up, early=("weight",)),
+)

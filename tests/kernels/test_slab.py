@@ -1,0 +1,160 @@
+"""Slabs of a weight multiplied by up to 64 rows: as good as PyTorch over sizes and epilogues."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
+
+from regraft.kernels import choice, qkv_rope_slab, slab_gluon
+from regraft.kernels.linear_act import gate_up, linear_act
+from regraft.kernels.op import Op, TensorSpec
+from regraft.kernels.qkv_rope import qkv_rope
+
+KERNELS = {kernel.op.name: kernel for kernel in (*slab_gluon.KERNELS, *qkv_rope_slab.KERNELS)}
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def check(op: Op, *args: object) -> None:
+    kernel = KERNELS[op.name]
+    assert kernel.supports(op.signature(*args)) is None
+    actual, reference = kernel.run(*args), op.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
+    assert layout(actual) == layout(reference)
+    assert torch.equal(actual, kernel.run(*args))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 31, 32, 33, 47, 64])
+@pytest.mark.parametrize(
+    ("columns", "depth"),
+    [
+        (8, 64),  # less than a slab
+        (40, 72),  # one step, columns behind the last
+        (1000, 520),
+        (2048, 5120),  # two programs share the columns
+        (2056, 5128),
+        (4096, 4096),
+        (6144, 6144),  # pieces of 64 and 32 rows
+        (4608, 3584),  # 32 and 8
+        (10240, 2560),  # 64 and 16
+        (13000, 264),  # 64, 32 and 16; gated 112
+        (16888, 136),  # 128; gated as many as there may be
+        (28672, 1024),  # 128, 64 and 32
+        (31000, 64),  # 240 rows, which would be four pieces
+        (33792, 192),  # as many as there may be
+        (40000, 64),  # more: left to the kernel beside it
+    ],
+)
+def test_against_pytorch(rows: int, columns: int, depth: int) -> None:
+    x, weight, bias = normal(rows, depth), normal(2 * columns, depth) / depth**0.5, normal(2 * columns)
+    check(linear_act, x, weight[:columns], bias[:columns], "gelu")
+    check(linear_act, x, weight[:columns], None, "identity")
+    check(gate_up, x, weight, bias, "silu")
+    check(gate_up, x, weight, None, "gelu_tanh")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [3, 24, 33, 64])
+def test_views_and_fp16(rows: int) -> None:
+    half = torch.float16
+    x, weight, bias = normal(rows, 320, dtype=half), normal(208, 320, dtype=half) / 18, normal(208, dtype=half)
+    wide = normal(rows, 3, 648, dtype=half)
+    check(linear_act, x.view(1, rows, 320), weight, bias[:, None].expand(208, 2)[:, 0], "relu")
+    check(gate_up, x, weight[::2][:96], None, "silu")
+    check(gate_up, wide[:, 0, 8:328], weight, bias, "gelu_tanh")
+    check(linear_act, torch.full_like(x, 60000.0), weight.abs(), None, "identity")  # infinite, as PyTorch's
+    # left to the kernels beside it: rows that no 16 bytes divide, results whose rows no 16 bytes divide
+    check(linear_act, wide[:, 0, 7:327], weight, None, "silu")
+    check(linear_act, x[:1].expand(rows, 320), weight, None, "silu")
+    check(linear_act, x, weight.t().contiguous().t(), bias, "tanh")
+    check(linear_act, x, weight[:77], bias[:77], "tanh")
+    check(gate_up, x, weight[:200], None, "silu")
+    check(linear_act, x[0], weight, bias, "mish")
+    assert KERNELS["linear_act"].run(x[:0], weight, bias, "tanh").shape == (0, 208)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [(1, 3), (2, 9), (1, 64)])
+@pytest.mark.parametrize(("head", "depth"), [(64, 2048), (128, 4096), (80, 320)])
+def test_heads_are_turned_behind_the_product(rows: tuple[int, int], head: int, depth: int) -> None:
+    x, weight, bias = normal(*rows, depth), normal(19 * head, depth) / depth**0.5, normal(19 * head)
+    angle = torch.rand(*rows, head // 2, device="cuda") * 6
+    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angle.cos(), angle.sin()))
+    gain, plain = normal(head), (False, 0.0, 0.0, None, "half", None)
+    check(qkv_rope, x, weight, bias, cos[:1], sin[:1], None, None, 11, 3, head, *plain)
+    check(qkv_rope, x, weight, None, cos, sin, gain, gain, 11, 3, head, True, 1e-6, 0.0, torch.bfloat16, "half", None)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("rows", "size"), [(64, 1024), (33, 2048), (20, 5120)])
+def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream(rows: int, size: int) -> None:
+    """Of dependent products, in clusters and not."""
+    run = choice.bind(linear_act, [KERNELS["linear_act"]])
+    weights = [normal(size, size) / size**0.5 for _ in range(4)]
+    inputs = [normal(rows, size) for _ in range(3)]
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights * 8:
+            x = run(x, weight, None, "identity")
+        return x
+
+    assert_same_in_graphs_beside_a_stream(chain, inputs)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("programs", [8, 78, 132])
+def test_slabs_cover_the_weight(programs: int, parts: int) -> None:
+    for n in (8, 120, 1000, 4096, 4104, 6144, 10240, 18944, 28672, 33792, 128256):
+        for depth in (64, 1024, 4096, 14336):
+            plan = slab_gluon._plan(n, depth, parts, programs)
+            if plan is None:
+                assert parts * n > slab_gluon.MOST * programs * 0.9
+                continue
+            (grid,) = plan.grid(n)
+            assert grid <= programs
+            assert grid // plan.split * plan.rows >= n
+            assert sum(slab_gluon._sizes(plan.rows)) == plan.rows
+            assert len(slab_gluon._sizes(plan.rows)) <= slab_gluon.PIECES
+            for rows in (1, 8, 9, 16, 17, 32, 33, 64):
+                x_desc, steps, options = plan.options(torch.empty(rows, depth, dtype=torch.bfloat16))
+                boxes, box, _ = x_desc.block_shape
+                assert box * boxes >= rows
+                assert boxes == 1 or rows >= box  # the second box holds rows of x alone
+                assert box * boxes <= 64
+                assert 1 <= options["EARLY"] < options["STAGES"]
+                ring = options["STAGES"] * 2 * plan.columns * (64 + parts * plan.rows)
+                assert ring <= slab_gluon.RING
+                assert steps * plan.split * plan.columns >= depth
+                assert 64 * 4 * parts * plan.rows <= ring  # what is left for the other program
+
+
+def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spec(*shape: int | None, dtype: torch.dtype = torch.bfloat16) -> TensorSpec:
+        return TensorSpec(shape, dtype, torch.device("cuda"))
+
+    for module in ("launch", "linear_act_wgmma"):
+        monkeypatch.setattr(f"regraft.kernels.{module}.compute_capability", lambda device: (9, 0))
+        monkeypatch.setattr(f"regraft.kernels.{module}.INTERPRETED", False)
+
+    def reason(x: TensorSpec, weight: TensorSpec, name: str = "linear_act") -> str | None:
+        return KERNELS[name].supports({"x": x, "weight": weight, "bias": None, "kind": "silu"})
+
+    assert reason(spec(64, 4096), spec(32, 4096)) is None
+    assert reason(spec(1, None, 64), spec(32, 64)) is None  # more rows are left to other kernels
+    assert "65 rows" in (reason(spec(65, 64), spec(32, 64)) or "")
+    assert "16 bits" in (reason(spec(8, 64, dtype=torch.float32), spec(32, 64, dtype=torch.float32)) or "")
+    assert "odd" in (reason(spec(8, 64), spec(33, 64), "gate_up") or "")
+    monkeypatch.setattr("regraft.kernels.linear_act_wgmma.compute_capability", lambda device: (8, 0))
+    assert "Hopper" in (reason(spec(8, 64), spec(32, 64)) or "")
