@@ -39,9 +39,11 @@ SHARED_ROWS: Final = (32, 48)
 """Rows of a slab between which two programs have twice as many, and half of the columns, if there are SHARED_COLUMNS;
 where there are MANY_COLUMNS, of fewer rows too."""
 SHARED_COLUMNS, MANY_COLUMNS = 3072, 4097
-AHEAD: Final = 64 * 1024
-"""Bytes of weights before the wait at most, and a quarter of a program's, but all stages but one where it has LONG:
-x comes behind them."""
+AHEAD: Final = 96 * 1024
+"""Bytes of weights before the wait at most, and a quarter of a program's; where it has LONG, all stages but one. x
+comes behind them."""
+DEEP: Final = 6
+"""Stages of a ring from which on two at least are asked for behind the wait."""
 LONG: Final = 768 * 1024
 
 
@@ -97,11 +99,13 @@ class _Plan:
         steps = triton.cdiv(k, self.columns * self.split)
         stages = min(max(2, steps), RING // (2 * self.columns * (BLOCK_ROWS + slab)))
         stage, share = 2 * self.columns * slab, 2 * slab * k // self.split
-        early = round(min(share / 4, AHEAD) / stage) if share < LONG else stages
+        early = stages - 1
+        if share < LONG:
+            early = max(1, min(round(min(share / 4, AHEAD) / stage), stages - (2 if stages >= DEEP else 1)))
         options = {
             "SPLIT": self.split,
             "STAGES": stages,
-            "EARLY": min(max(1, early), stages - 1),
+            "EARLY": early,
             "num_warps": 4,
             "launch_pdl": True,
         }
