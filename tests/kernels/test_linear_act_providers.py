@@ -181,6 +181,7 @@ def test_products_that_nobody_measured_are_the_vendors() -> None:
         (8, 4096, 14336, "stream"),
         (16, 4096, 4096, "strip"),
         (16, 128256, 4096, "strip"),
+        (16, 28672, 4096, "slab"),
         (16, 4096, 14336, "slab"),
         (16, 2560, 10240, "stream"),
         (32, 4096, 4096, "slab"),
