@@ -142,6 +142,10 @@ def _in_clusters(compiled: Any, programs: int) -> None:
     """Has a kernel launched in clusters that was compiled, as Gluon's are here, for programs of their own."""
     from triton.compiler.compiler import make_backend  # only where kernels run
 
+    if hasattr(compiled, "result"):  # it is being compiled by somebody else's threads, and launched as what they return
+        compiled = compiled.result()
+    if compiled is None:  # a hook of somebody else's compiles nothing, and then nothing is launched
+        return
     metadata = compiled.metadata._replace(num_ctas=programs)
     compiled.packed_metadata = make_backend(metadata.target).pack_metadata(metadata)
 

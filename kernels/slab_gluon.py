@@ -37,14 +37,15 @@ NARROW: Final = 64
 """Rows of a slab up to which a step has 256 columns, else 128."""
 SHARED_ROWS: Final = (32, 48)
 """Rows of a slab between which two programs have twice as many, and half of the columns, if there are SHARED_COLUMNS;
-where there are MANY_COLUMNS, of fewer rows too."""
+where there are MANY_COLUMNS, of fewer rows too. Not of gate and up."""
 SHARED_COLUMNS, MANY_COLUMNS = 3072, 4097
 AHEAD: Final = 96 * 1024
-"""Bytes of weights before the wait at most, and a quarter of a program's; where it has LONG, all stages but one. x
-comes behind them."""
+"""Bytes of weights before the wait, or a quarter of a program's if that is less, in whole stages, at least one: x comes
+behind them. Where a program has LONG, all stages but one."""
 DEEP: Final = 6
-"""Stages of a ring from which on two at least are asked for behind the wait."""
+"""Stages of a ring from which on, but for LONG, two at least are asked for behind the wait."""
 LONG: Final = 768 * 1024
+"""Bytes of a program's weights."""
 
 
 def _sizes(rows: int) -> tuple[int, ...]:
@@ -115,8 +116,9 @@ class _Plan:
 def _plan(n: int, k: int, parts: int, programs: int) -> _Plan | None:
     """For n rows of each part and k columns; `None` if these are more rows than all programs together take."""
     low, high = SHARED_ROWS
-    least = parts * triton.cdiv(n, programs)
-    shared = k >= (SHARED_COLUMNS if least > low else MANY_COLUMNS) and least <= high and programs > 1
+    least = triton.cdiv(n, programs)
+    narrow = parts == 1 and least <= high and programs > 1
+    shared = narrow and k >= (SHARED_COLUMNS if least > low else MANY_COLUMNS)
     split, single = (2, ONE_SHARED) if shared else (1, ONE)
     rows = _rows(n, programs // split, parts, single)
     return _Plan(split, rows, parts) if parts * rows <= MOST else None

@@ -1,18 +1,18 @@
 # mypy: disallow-untyped-defs=False, disable-error-code="assignment,misc"
 """Matrix products of up to 64 rows of x for Hopper, in Gluon: slabs of the weight stream through shared memory.
 
-A program has one slab: as many rows of the weight as there must be for one program a multiprocessor. So it reads x
-once; where tiles have 64 rows (`stream_kernel`), 64 rows of x are as many bytes as the weight. Rows of x are the
-matrix unit's first operand, rows of the slab, in up to three pieces, the second; both come by TMA. No sum is shared by
-programs but by the two of a cluster (SPLIT), each of which has half of the columns: each finishes half of the rows of
-x, the other's sums of which it reads in the other's shared memory.
+A program has one slab: as many rows of the weight as there must be for at most one program a multiprocessor. So it
+reads x once; where tiles have 64 rows (`stream_kernel`), 64 rows of x are as many bytes as the weight. Rows of x are
+the matrix unit's first operand, rows of the slab, in up to three pieces, the second; both come by TMA. No sum is shared
+by programs but by the two of a cluster (SPLIT), each of which has half of the columns: each finishes half of the rows
+of x, the other's sums of which it reads in the other's shared memory.
 
 The ring is filled with weights before a program waits for the kernel that computes x, as in `stream_kernel`, as far as
 x need not wait for them: copies come in their order. A stage is asked for again as soon as it has been multiplied.
 Results go through shared memory, to be stored 16 bytes a thread.
 
 Rows beyond the last of x make TMA slow (33 rows of a box of 64: 12.4 us for 4096 x 4096, 64 rows 10.5). So x comes in
-one box where that has exactly its rows, else in two, of its first and of its last rows, that overlap.
+one box where that has exactly its rows, or 8, else in two, of its first and of its last rows, that overlap.
 
 Gate and up are two parts of a piece that lie side by side.
 """
@@ -256,7 +256,7 @@ def slab_kernel(
             added = added + (_take(accs[i], PARTS * _before(w_descs, i), 1 - member, HALF),)  # noqa: RUF005
         accs = added
         _cluster(ARRIVE)
-        _cluster(WAIT)  # the other program has read what lay where results go now
+        _cluster(WAIT)  # the other program has read: this one may end, or put results wherever they go
     for i in gl.static_range(COUNT):
         row = first + _before(w_descs, i)
         _finish(accs[i], w_bufs[i], out, row, t_first, t_last, M, HAS_BIAS, KIND, PARTS, BOX, BOXES)

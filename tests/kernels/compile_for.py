@@ -124,8 +124,8 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
                 row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
                 rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
         slab_gluon.multiprocessors = lambda device: 132
-        wide = torch.empty(28672, 1024, dtype=half)
-        for run, big in ((slab_gluon.linear_act, wide), (slab_gluon.gate_up, wide), (slab_gluon.linear_act, weight)):
+        wide, shared = torch.empty(28672, 1024, dtype=half), torch.empty(6144, 3072, dtype=half)
+        for run, big in ((slab_gluon.linear_act, wide), (slab_gluon.gate_up, wide), (slab_gluon.linear_act, shared)):
             run(torch.empty(40, big.shape[1], dtype=half), big, None, "silu")
             kernel, _ = launched.pop()
             row = {"case": f"slab {run.__name__}", "shared": kernel.metadata.shared, "copies": False}

@@ -141,7 +141,9 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("linear_act", (randn(19, 1088), randn(301, 1088), randn(301), "gelu"), {}),
         ("gate_up", (randn(29, 1472), randn(2 * 9001, 1472), None, "silu"), {}),
         ("gate_up", (randn(64, 2056), randn(2 * 300, 2056), None, "silu"), {}),
-        ("linear_act", (randn(33, 2056), randn(304, 2056), randn(304), "gelu"), {}),  # slabs, in clusters
+        ("linear_act", (randn(33, 2056), randn(304, 2056), randn(304), "gelu"), {}),  # slabs
+        ("linear_act", (randn(33, 3592), randn(4616, 3592), randn(4616), "gelu"), {}),  # in clusters
+        ("linear_act", (randn(24, 4104), randn(536, 4104), None, "identity"), {}),
         ("linear_act", (randn(64, 136), randn(6008, 136), None, "silu"), {}),
         ("gate_up", (randn(21, 200), randn(2 * 9000, 200), randn(2 * 9000), "silu"), {}),
         (

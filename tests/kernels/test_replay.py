@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
 from regraft.kernels import choice, replay
@@ -150,3 +151,38 @@ def test_plans_keep_no_tensors() -> None:
         y.append(bound(x2, w, None, "silu"))
         del y, x2
         assert torch.cuda.memory_allocated() == before, kernel.provider
+
+
+class _Metadata(NamedTuple):
+    num_warps: int
+    num_ctas: int
+    shared: int
+    target: GPUTarget
+
+
+class _Compiled:
+    def __init__(self) -> None:
+        self.metadata = _Metadata(4, 1, 1024, GPUTarget("cuda", 90, 32))
+        self.packed_metadata: Any = None
+
+
+class _Future:
+    """What Triton hands out for a kernel that others are compiling: it has the attributes of the kernel to come."""
+
+    def __init__(self, kernel: _Compiled) -> None:
+        self.kernel = kernel
+
+    def result(self) -> _Compiled:
+        return self.kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+
+@pytest.mark.parametrize("wrap", [lambda kernel: kernel, _Future])
+def test_what_is_launched_in_clusters_is_the_kernel_itself(wrap: Any) -> None:
+    kernel = _Compiled()
+    replay._in_clusters(wrap(kernel), 2)
+    assert kernel.packed_metadata == (4, 2, 1024)
+    assert kernel.metadata.num_ctas == 1  # as it was compiled
+    replay._in_clusters(None, 2)  # a hook that compiles nothing

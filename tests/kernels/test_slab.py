@@ -44,11 +44,16 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (2056, 5128),
         (4096, 4096),
         (6144, 6144),  # pieces of 64 and 32 rows
-        (4608, 3584),  # 32 and 8
+        (4608, 3584),  # 64 and 8; gated 32 and 8, and the last slab ends in the first piece
         (10240, 2560),  # 64 and 16
-        (13000, 264),  # 64, 32 and 16; gated 112
+        (13000, 264),  # 128; gated 64, 32 and 8
+        (14784, 520),  # 112, which would be three; gated 64, 32 and 16
         (16888, 136),  # 128; gated as many as there may be
         (28672, 1024),  # 128, 64 and 32
+        (28680, 1024),  # of the last slab nothing but the first rows
+        (4616, 3592),  # the same in clusters
+        (536, 4104),
+        (4232, 14336),  # many columns for each of two
         (31000, 64),  # 240 rows, which would be four pieces
         (33792, 192),  # as many as there may be
         (40000, 64),  # more: left to the kernel beside it
@@ -69,8 +74,10 @@ def test_views_and_fp16(rows: int) -> None:
     half = torch.float16
     x, weight, bias = normal(rows, 320, dtype=half), normal(208, 320, dtype=half) / 18, normal(208, dtype=half)
     wide = normal(rows, 3, 648, dtype=half)
-    check(linear_act, x.view(1, rows, 320), weight, bias[:, None].expand(208, 2)[:, 0], "relu")
+    check(linear_act, x.view(1, rows, 320), weight, bias.repeat_interleave(2)[::2], "relu")
     check(gate_up, x, weight[::2][:96], None, "silu")
+    deep = normal(1600, 4104, dtype=half) / 64
+    check(linear_act, normal(rows, 4104, dtype=half), deep[::2], bias[:1].expand(800), "silu")  # in clusters
     check(gate_up, wide[:, 0, 8:328], weight, bias, "gelu_tanh")
     check(linear_act, torch.full_like(x, 60000.0), weight.abs(), None, "identity")  # infinite, as PyTorch's
     # left to the kernels beside it: rows that no 16 bytes divide, results whose rows no 16 bytes divide
@@ -114,7 +121,7 @@ def test_weights_are_read_before_the_wait_in_graphs_beside_a_stream(rows: int, s
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("programs", [8, 78, 132])
+@pytest.mark.parametrize("programs", [1, 7, 78, 132])
 def test_slabs_cover_the_weight(programs: int, parts: int) -> None:
     for n in (8, 120, 1000, 4096, 4104, 6144, 10240, 18944, 28672, 33792, 128256):
         for depth in (64, 1024, 4096, 14336):
