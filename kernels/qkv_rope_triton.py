@@ -6,6 +6,7 @@ The product is PyTorch's, or for few rows that of `skinny_triton`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -154,54 +155,33 @@ def tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, Tensor, Tensor, tu
     return length, cos, sin, (cos_b, cos_s, sin_b, sin_s)
 
 
-def qkv_rope(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_heads: int,
-    k_heads: int,
-    head_dim: int,
-    norm: bool,
-    eps: float,
-    offset: float,
-    mid_dtype: torch.dtype | None,
-    layout: str,
-    compute_dtype: torch.dtype | None,
-) -> Tensor:
-    """As the op `qkv_rope`, the product by PyTorch."""
-    y = library(F.linear, x, weight, bias)
-    turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
-          compute_dtype)  # fmt: skip
-    return y
+def turned_behind(product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """The op `qkv_rope` as a product, `product(x, weight, bias)`, whose heads are turned in place."""
 
+    def qkv_rope(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        q_heads: int,
+        k_heads: int,
+        head_dim: int,
+        norm: bool,
+        eps: float,
+        offset: float,
+        mid_dtype: torch.dtype | None,
+        layout: str,
+        compute_dtype: torch.dtype | None,
+    ) -> Tensor:
+        y = product(x, weight, bias)
+        turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
+             compute_dtype)  # fmt: skip
+        return y
 
-def qkv_rope_of_few_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_heads: int,
-    k_heads: int,
-    head_dim: int,
-    norm: bool,
-    eps: float,
-    offset: float,
-    mid_dtype: torch.dtype | None,
-    layout: str,
-    compute_dtype: torch.dtype | None,
-) -> Tensor:
-    """As the op `qkv_rope`, the product by the kernels for few rows."""
-    y = skinny_triton.linear_act(x, weight, bias, "identity")
-    turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
-          compute_dtype)  # fmt: skip
-    return y
+    return qkv_rope
 
 
 def turn(
@@ -298,6 +278,11 @@ def refuse_qkv(signature: Signature) -> str | None:
         or refuse_rounding(signature, ("mid_dtype", "compute_dtype"))
     )
 
+
+qkv_rope: Final = turned_behind(lambda x, weight, bias: library(F.linear, x, weight, bias))
+qkv_rope_of_few_rows: Final = turned_behind(
+    lambda x, weight, bias: skinny_triton.linear_act(x, weight, bias, "identity")
+)
 
 KERNELS: Final = (
     Kernel(ops.qkv_rope, "cublas", qkv_rope, refuse_qkv),

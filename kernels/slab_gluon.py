@@ -29,8 +29,6 @@ PIECES: Final = 3
 """Powers of two that a slab's rows are the sum of, at most: each is a copy for itself in every step."""
 ONE, ONE_SHARED, TWO = 64, 32, 128
 """Rows of a slab, all parts together, up to which it has one piece, where programs share columns, and two."""
-RING: Final = 216 * 1024
-"""Bytes of shared memory for weights and rows of x on their way."""
 BLOCK_ROWS: Final = 64
 """Rows of x that the matrix unit multiplies."""
 NARROW: Final = 64
@@ -98,7 +96,7 @@ class _Plan:
             box, boxes = box // 2, 2
         slab = self.parts * self.rows
         steps = triton.cdiv(k, self.columns * self.split)
-        stages = min(max(2, steps), RING // (2 * self.columns * (BLOCK_ROWS + slab)))
+        stages = min(max(2, steps), stream_gluon.RING // (2 * self.columns * (BLOCK_ROWS + slab)))
         stage, share = 2 * self.columns * slab, 2 * slab * k // self.split
         early = stages - 1
         if share < LONG:

@@ -12,7 +12,8 @@ x need not wait for them: copies come in their order. A stage is asked for again
 Results go through shared memory, to be stored 16 bytes a thread.
 
 Rows beyond the last of x make TMA slow (33 rows of a box of 64: 12.4 us for 4096 x 4096, 64 rows 10.5). So x comes in
-one box where that has exactly its rows, or 8, else in two, of its first and of its last rows, that overlap.
+one box where that has exactly its rows, or 8, else in two, of its first and of its last rows, that overlap. The other
+rows of the operand are whatever shared memory held: their sums are not stored.
 
 Gate and up are two parts of a piece that lie side by side.
 """
@@ -108,7 +109,8 @@ def _places(acc, first: gl.constexpr):
 
 @gluon.jit
 def _leave(acc, first: gl.constexpr, other, HALF: gl.constexpr):
-    """Sums of the rows of x that the other program finishes go where the ring was."""
+    """Sums of the rows of x that the other program finishes go where the ring was: to the beginning of the program's
+    shared memory, `global_smem` in Triton's PTX, all of which is free behind the last step."""
     place, t = _places(acc, first)
     gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 a; mov.u32 a, global_smem; add.u32 a, a, $1; setp.ne.s32 p, $3, 0;"

@@ -129,7 +129,7 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
             run(torch.empty(40, big.shape[1], dtype=half), big, None, "silu")
             kernel, _ = launched.pop()
             row = {"case": f"slab {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
-            rows.append({**row, "estimate": slab_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
+            rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
         softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))
         resident, ring = softmax_ring.RESIDENT, softmax_ring.SLOTS * softmax_ring.PIECE

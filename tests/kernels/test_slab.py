@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
 
-from regraft.kernels import choice, qkv_rope_slab, slab_gluon
+from regraft.kernels import choice, qkv_rope_slab, slab_gluon, stream_gluon
 from regraft.kernels.linear_act import gate_up, linear_act
 from regraft.kernels.op import Op, TensorSpec
 from regraft.kernels.qkv_rope import qkv_rope
@@ -142,7 +142,7 @@ def test_slabs_cover_the_weight(programs: int, parts: int) -> None:
                 assert box * boxes <= 64
                 assert 1 <= options["EARLY"] < options["STAGES"]
                 ring = options["STAGES"] * 2 * plan.columns * (64 + parts * plan.rows)
-                assert ring <= slab_gluon.RING
+                assert ring <= stream_gluon.RING
                 assert steps * plan.split * plan.columns >= depth
                 assert 64 * 4 * parts * plan.rows <= ring  # what is left for the other program
 
