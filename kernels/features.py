@@ -102,9 +102,9 @@ def _linear_act(args: Sequence[Any]) -> Features:
 
 
 def _qkv_rope(args: Sequence[Any]) -> Features:
-    """And D: columns of a head where heads are rotated whole, in two halves; otherwise 0."""
-    cos, head, layout = args[3], args[9], args[14]
-    return {**_linear(args), "D": head if cos.shape[-1] == head and layout == "half" else 0}
+    """And D: columns of a head where heads are rotated whole, in two halves; otherwise 0. norm: 0 or 1."""
+    cos, head, norm, layout = args[3], args[9], args[10], args[14]
+    return {**_linear(args), "D": head if cos.shape[-1] == head and layout == "half" else 0, "norm": int(norm)}
 
 
 def _experts(args: Sequence[Any]) -> Features:

@@ -15,7 +15,8 @@ Rows beyond the last of x make TMA slow (33 rows of a box of 64: 12.4 us for 409
 one box where that has exactly its rows, or 8, else in two, of its first and of its last rows, that overlap. The other
 rows of the operand are whatever shared memory held: their sums are not stored.
 
-Gate and up are two parts of a piece that lie side by side.
+Gate and up are two parts of a piece that lie side by side, as are both halves of a head that is rotated. There all
+pieces are of one size, each within a head.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation_triton import activate
 from .gluon_barrier import thread_barrier
+from .rope_gluon import angles, turned
 
 ARRIVE = gl.constexpr("barrier.cluster.arrive.release.aligned;")
 WAIT = gl.constexpr("barrier.cluster.wait.acquire.aligned;")
@@ -38,6 +40,19 @@ def _before(w_descs, piece):
     return sum(d.block_type.shape[1] for d in w_descs[:piece])
 
 
+@gluon.jit
+def _row(w_descs, first, piece: gl.constexpr, HALF: gl.constexpr):
+    """Where the first part of a piece begins in a weight; `first`: rows of a part in front of the slab.
+
+    HALF: rows of half a head, if both halves are parts.
+    """
+    row = first + _before(w_descs, piece)
+    if HALF > 0:
+        eight = row // 8  # so that the compiler sees that 16 bytes of results are aligned
+        row = eight // (HALF // 8) * (2 * HALF) + eight % (HALF // 8) * 8
+    return row
+
+
 @gluon.constexpr_function
 def _bytes(x_desc, w_descs):
     return x_desc.block_type.nbytes + sum(d.block_type.nbytes for d in w_descs)
@@ -45,7 +60,8 @@ def _bytes(x_desc, w_descs):
 
 @gluon.jit
 def _ask(
-    x_desc, w_descs, x_bufs, w_bufs, full, stage, step, steps, first, col, WEIGHT: gl.constexpr, X: gl.constexpr
+    x_desc, w_descs, x_bufs, w_bufs, full, stage, step, steps, first, col, HALF: gl.constexpr, WEIGHT: gl.constexpr,
+    X: gl.constexpr,
 ):  # fmt: skip
     """Asks for what a step reads, if there is one: of the WEIGHT, which says how much comes, and of X.
 
@@ -57,7 +73,7 @@ def _ask(
     if WEIGHT:
         mbarrier.expect(bar, _bytes(x_desc, w_descs), pred=wanted)
     for i in gl.static_range(len(w_descs) if WEIGHT else 0):
-        row = first + _before(w_descs, i)
+        row = _row(w_descs, first, i, HALF)
         tma.async_copy_global_to_shared(w_descs[i], [0, row, col], bar, w_bufs[i].index(stage), pred=wanted)
     if X:
         BOXES: gl.constexpr = x_desc.block_type.shape[0]
@@ -86,6 +102,15 @@ def _zeros(w_desc):
     ROWS: gl.constexpr = w_desc.block_type.shape[0] * w_desc.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
     return gl.zeros((64, ROWS), gl.float32, layout)
+
+
+@gluon.jit
+def _waited(accs):
+    """Sums when all that was asked of the matrix unit has been added to them."""
+    found = warpgroup_mma_wait(0, deps=accs)
+    if len(accs) == 1:
+        found = (found,)
+    return found
 
 
 @gluon.jit
@@ -157,48 +182,90 @@ def _by_rows(acc, bufs, dtype: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _finish(
-    acc, bufs, out, row, t_first, t_last, M,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, PARTS: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr,
+def _rows_of_x(layout: gl.constexpr, share, M, BOX: gl.constexpr, BOXES: gl.constexpr):
+    """Rows of x in the order of the matrix unit's operand, and which of them the program finishes.
+
+    `share`: the first and the last of these as they lie in the operand.
+    """
+    t = gl.expand_dims(gl.arange(0, BOX * BOXES, gl.SliceLayout(1, layout)), 1)
+    t_first, t_last = share
+    mine = (t >= t_first) & (t < t_last)
+    if BOXES == 2:
+        t = gl.where(t < BOX, t, t + (M - 2 * BOX))
+    return t, mine & (t < M)
+
+
+@gluon.jit
+def _columns(layout: gl.constexpr, COLUMNS: gl.constexpr):
+    return gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def _angles(
+    w_descs, first, piece: gl.constexpr, rope, share, M, HALF: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr
 ):  # fmt: skip
-    """Bias, activation and store of a piece; `row`: its first of a part, `t_first`, `t_last`: of x, as they lie in the
-    matrix unit's operand."""
-    b_ptr, y_ptr, N8, stride_b = out
+    """`angles` of a piece, in the layout in which it is stored."""
+    ROWS: gl.constexpr = w_descs[piece].block_type.shape[1]
+    layout: gl.constexpr = _wide(ROWS, gl.num_warps())
+    t, mine = _rows_of_x(layout, share, M, BOX, BOXES)
+    row = _row(w_descs, first, piece, HALF)
+    used = mine & (row // (2 * HALF) < rope[-1])
+    column = row // 8 % (HALF // 4) * 8
+    return angles(rope, t, column + _columns(layout, ROWS), used, HALF)
+
+
+@gluon.jit
+def _finish(
+    acc, bufs, out, row, share, M, rotated, by,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, PARTS: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation or rotation, and store of a piece; `row`: its first of the weight.
+
+    `rotated`: whether it is, `by` its `angles`.
+    """
+    b_ptr, y_ptr, N8, stride_b, apart = out
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
     N = N8 * 8
     COLUMNS: gl.constexpr = acc.shape[1] // PARTS
     up = acc
     if PARTS == 2:
         acc, up = gl.split(gl.permute(gl.reshape(acc, (64, 2, COLUMNS)), (0, 2, 1)))
     if HAS_BIAS:
-        n = gl.expand_dims(row + gl.arange(0, COLUMNS, gl.SliceLayout(0, acc.type.layout)), 0)
+        given: gl.constexpr = acc.type.layout
+        n = row + _columns(given, COLUMNS)
         acc += gl.load(b_ptr + n * stride_b, mask=n < N, other=0.0).to(gl.float32)
         if PARTS == 2:
-            up += gl.load(b_ptr + (N + n) * stride_b, mask=n < N, other=0.0).to(gl.float32)
-    y = activate(acc, KIND)
-    if PARTS == 2:
-        y *= up
-    rows = _by_rows(y, bufs, y_ptr.dtype.element_ty, BOX * BOXES)
-    layout: gl.constexpr = rows.type.layout
-    t = gl.expand_dims(gl.arange(0, BOX * BOXES, gl.SliceLayout(1, layout)), 1)
-    n = row + gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)), 0)
-    mine = (t >= t_first) & (t < t_last)
-    if BOXES == 2:
-        t = gl.where(t < BOX, t, t + (M - 2 * BOX))
-    gl.store(y_ptr + t * (N8 * 8) + n, rows, mask=mine & (t < M) & (n < N))
+            up += gl.load(b_ptr + (apart + n) * stride_b, mask=n < N, other=0.0).to(gl.float32)
+    layout: gl.constexpr = _wide(COLUMNS, gl.num_warps())
+    t, mine = _rows_of_x(layout, share, M, BOX, BOXES)
+    n = row + _columns(layout, COLUMNS)
+    used = mine & (n < N)
+    y_ptrs = y_ptr + t * (N8 * 8) + n
+    if PRODUCT is not None:
+        one = _by_rows(acc, bufs, dtype, BOX * BOXES)
+        two = _by_rows(up, bufs, dtype, BOX * BOXES)
+        if rotated:
+            y1, y2 = turned(one.to(gl.float32), two.to(gl.float32), by, PRODUCT)
+            one = y1.to(dtype)
+            two = y2.to(dtype)
+        gl.store(y_ptrs, one, mask=used)
+        gl.store(y_ptrs + apart, two, mask=used)
+    else:
+        y = activate(acc, KIND)
+        if PARTS == 2:
+            y *= up
+        gl.store(y_ptrs, _by_rows(y, bufs, dtype, BOX * BOXES), mask=used)
 
 
-@gluon.jit(do_not_specialize=["M", "N8", "steps", "stride_b"])
-def slab_kernel(
-    x_desc, w0_desc, w1_desc, w2_desc, b_ptr, y_ptr, M, N8, steps, stride_b,
-    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
+@gluon.jit
+def _slab(
+    x_desc, w_descs, out, rope, M, steps,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, PRODUCT: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Descriptors are `[parts, rows, columns]`, that of x has its boxes for parts. COUNT: of pieces, each with a
-    descriptor of the weight. N8: columns of y, 8 at a time. SPLIT: programs of a cluster, 1 or 2. `steps`: of a
-    program. EARLY stages of the ring are asked for before the wait."""
     gdc_launch_dependents()
-    w_descs = (w0_desc, w1_desc, w2_desc)[:COUNT]
-    out = (b_ptr, y_ptr, N8, stride_b)
+    COUNT: gl.constexpr = len(w_descs)
     BOXES: gl.constexpr = x_desc.block_type.shape[0]
     BOX: gl.constexpr = x_desc.block_type.shape[1]
     PARTS: gl.constexpr = w_descs[0].block_type.shape[0]
@@ -216,10 +283,15 @@ def slab_kernel(
     first = gl.program_id(0) // SPLIT * _before(w_descs, COUNT)
     col = member * steps * x_desc.block_type.shape[2]
     for i in gl.static_range(EARLY):
-        _ask(x_desc, w_descs, x_bufs, w_bufs, full, i, i, steps, first, col, True, False)
+        _ask(x_desc, w_descs, x_bufs, w_bufs, full, i, i, steps, first, col, HALF, True, False)
     gdc_wait()
     for i in gl.static_range(STAGES):
-        _ask(x_desc, w_descs, x_bufs, w_bufs, full, i, i, steps, first, col, i >= EARLY, True)
+        _ask(x_desc, w_descs, x_bufs, w_bufs, full, i, i, steps, first, col, HALF, i >= EARLY, True)
+    share = (member * (BOX * BOXES // SPLIT), (member + 1) * (BOX * BOXES // SPLIT))
+    by = ()
+    if HALF > 0:
+        for i in gl.static_range(COUNT):
+            by = by + (_angles(w_descs, first, i, rope, share, M, HALF, BOX, BOXES),)  # noqa: RUF005
     stage = 0
     phase = 0
     for step in range(steps):
@@ -229,36 +301,61 @@ def slab_kernel(
         for i in gl.static_range(COUNT):
             w = _flat(w_bufs[i], stage).permute((1, 0))
             added = added + (warpgroup_mma(x, w, accs[i], use_acc=step > 0, is_async=True),)  # noqa: RUF005
-        accs = added
-        if COUNT == 1:
-            accs = (warpgroup_mma_wait(0, deps=[accs[0]]),)
-        elif COUNT == 2:
-            accs = warpgroup_mma_wait(0, deps=[accs[0], accs[1]])
-        else:
-            accs = warpgroup_mma_wait(0, deps=[accs[0], accs[1], accs[2]])
+        accs = _waited(added)
         thread_barrier()  # all warps have read the stage
         ahead = step + STAGES
-        _ask(x_desc, w_descs, x_bufs, w_bufs, full, stage, ahead, steps, first, col, True, True)
+        _ask(x_desc, w_descs, x_bufs, w_bufs, full, stage, ahead, steps, first, col, HALF, True, True)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    t_first = 0
-    t_last = BOX * BOXES
     if SPLIT == 2:
-        HALF: gl.constexpr = BOX * BOXES // 2
-        t_first = member * HALF
-        t_last = t_first + HALF
+        HALF_OF_X: gl.constexpr = BOX * BOXES // 2
         for i in gl.static_range(COUNT):
-            _leave(accs[i], PARTS * _before(w_descs, i), 1 - member, HALF)
+            _leave(accs[i], PARTS * _before(w_descs, i), 1 - member, HALF_OF_X)
         _cluster(ARRIVE)
         _cluster(WAIT)
         added = ()
         for i in gl.static_range(COUNT):
-            added = added + (_take(accs[i], PARTS * _before(w_descs, i), 1 - member, HALF),)  # noqa: RUF005
+            added = added + (_take(accs[i], PARTS * _before(w_descs, i), 1 - member, HALF_OF_X),)  # noqa: RUF005
         accs = added
         _cluster(ARRIVE)
         _cluster(WAIT)  # the other program has read: this one may end, or put results wherever they go
     for i in gl.static_range(COUNT):
-        row = first + _before(w_descs, i)
-        _finish(accs[i], w_bufs[i], out, row, t_first, t_last, M, HAS_BIAS, KIND, PARTS, BOX, BOXES)
+        row = _row(w_descs, first, i, HALF)
+        if HALF > 0:
+            rotated = row // (2 * HALF) < rope[-1]
+            _finish(accs[i], w_bufs[i], out, row, share, M, rotated, by[i], HAS_BIAS, KIND, PARTS, BOX, BOXES, PRODUCT)
+        else:
+            _finish(accs[i], w_bufs[i], out, row, share, M, None, None, HAS_BIAS, KIND, PARTS, BOX, BOXES, None)
+
+
+@gluon.jit(do_not_specialize=["M", "N8", "steps", "stride_b"])
+def slab_kernel(
+    x_desc, w0_desc, w1_desc, w2_desc, b_ptr, y_ptr, M, N8, steps, stride_b,
+    HAS_BIAS: gl.constexpr, KIND: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
+):  # fmt: skip
+    """Descriptors are `[parts, rows, columns]`, that of x has its boxes for parts. COUNT: of pieces, each with a
+    descriptor of the weight. N8: columns of y, 8 at a time. SPLIT: programs of a cluster, 1 or 2. `steps`: of a
+    program. EARLY stages of the ring are asked for before the wait."""
+    w_descs = (w0_desc, w1_desc, w2_desc)[:COUNT]
+    out = (b_ptr, y_ptr, N8, stride_b, N8 * 8)
+    _slab(x_desc, w_descs, out, None, M, steps, HAS_BIAS, KIND, 0, None, SPLIT, STAGES, EARLY)
+
+
+@gluon.jit(do_not_specialize=["M", "N8", "steps", "stride_b", "length", "heads"])
+def slab_heads_kernel(
+    x_desc, w_desc, b_ptr, y_ptr, M, N8, steps, stride_b,
+    cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads,
+    HAS_BIAS: gl.constexpr, HALF: gl.constexpr, PRODUCT: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """As `slab_kernel` without an activation; of heads of two halves of HALF columns the first `heads` are rotated, in
+    PRODUCT. COUNT: of pieces, with one descriptor."""
+    w_descs = ()
+    for _ in gl.static_range(COUNT):
+        w_descs = w_descs + (w_desc,)  # noqa: RUF005
+    out = (b_ptr, y_ptr, N8, stride_b, HALF)
+    rope = (cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads)
+    _slab(x_desc, w_descs, out, rope, M, steps, HAS_BIAS, "identity", HALF, PRODUCT, SPLIT, STAGES, EARLY)

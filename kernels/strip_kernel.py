@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation_triton import activate
 from .gluon_barrier import thread_barrier
+from .rope_gluon import angles, turned
 
 
 @gluon.constexpr_function
@@ -216,24 +217,8 @@ def _together(sums, tile: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _turned(x1, x2, t, r, used, length, rope, half, PRODUCT: gl.constexpr):
-    """Both halves of heads rotated: of rows t of x, columns r of the first half."""
-    cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s = rope
-    cos_ptr += t // length * cos_b + t % length * cos_s + r
-    sin_ptr += t // length * sin_b + t % length * sin_s + r
-    cos1 = gl.load(cos_ptr, mask=used, other=0.0).to(gl.float32)
-    cos2 = gl.load(cos_ptr + half, mask=used, other=0.0).to(gl.float32)
-    sin1 = gl.load(sin_ptr, mask=used, other=0.0).to(gl.float32)
-    sin2 = gl.load(sin_ptr + half, mask=used, other=0.0).to(gl.float32)
-    # each product is rounded before the sum, as x * cos + rotated(x) * sin does
-    y1 = (x1 * cos1).to(PRODUCT).to(gl.float32) - (x2 * sin1).to(PRODUCT).to(gl.float32)
-    y2 = (x2 * cos2).to(PRODUCT).to(gl.float32) + (x1 * sin2).to(PRODUCT).to(gl.float32)
-    return y1.to(PRODUCT).to(gl.float32), y2.to(PRODUCT).to(gl.float32)
-
-
-@gluon.jit
 def _finish(
-    acc, up, block, last, tile: gl.constexpr, M, N, b_ptr, y_ptr, stride_b, rope, length, heads, half,
+    acc, up, block, last, tile: gl.constexpr, M, N, b_ptr, y_ptr, stride_b, rope, half,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr,
 ):  # fmt: skip
     """Bias, activation or rotation, and store of what `_together` made of a block and the `tile`-th 16 rows of x."""
@@ -256,10 +241,10 @@ def _finish(
     if ROPE:
         y1 = acc.to(dtype).to(gl.float32)
         y2 = up.to(dtype).to(gl.float32)
-        turned = n // (2 * half) < heads
-        one, two = _turned(y1, y2, t, n % (2 * half), used & turned, length, rope, half, PRODUCT)
-        gl.store(y_ptrs, gl.where(turned, one, y1).to(dtype), mask=used)
-        gl.store(y_ptrs + half, gl.where(turned, two, y2).to(dtype), mask=used)
+        rotated = n // (2 * half) < rope[-1]
+        one, two = turned(y1, y2, angles(rope, t, n % (2 * half), used & rotated, half), PRODUCT)
+        gl.store(y_ptrs, gl.where(rotated, one, y1).to(dtype), mask=used)
+        gl.store(y_ptrs + half, gl.where(rotated, two, y2).to(dtype), mask=used)
     else:
         y = activate(acc, KIND)
         if GATED:
@@ -270,7 +255,7 @@ def _finish(
 
 @gluon.jit
 def _strips(
-    w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half,
+    w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, half,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr, PRODUCT: gl.constexpr, EIGHTS: gl.constexpr,
     COPY_X: gl.constexpr, EVEN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr,
     BLOCK: gl.constexpr, PIECES: gl.constexpr, LATE: gl.constexpr,
@@ -356,7 +341,7 @@ def _strips(
         for tile in gl.static_range(TILES):
             acc, up = _together(sums, tile, PARTS)
             _finish(
-                acc, up, block, last, tile, M, N, b_ptr, y_ptr, stride_b, rope, length, heads, half, HAS_BIAS, KIND,
+                acc, up, block, last, tile, M, N, b_ptr, y_ptr, stride_b, rope, half, HAS_BIAS, KIND,
                 GATED, PRODUCT,
             )  # fmt: skip
 
@@ -372,8 +357,8 @@ def strip_kernel(
     stages. GROUPS: of 64 columns for each warp. A stage of the ring holds EACH strips, or one of PIECES of a strip;
     LATE stages are asked for behind x. BLOCK strips are finished at once. `strips`: gated those of gate."""
     _strips(
-        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 1, 0, 8, HAS_BIAS, KIND, GATED,
-        None, EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
+        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, None, 8, HAS_BIAS, KIND, GATED, None,
+        EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip
 
 
@@ -386,8 +371,8 @@ def strip_heads_kernel(
     LATE: gl.constexpr,
 ):  # fmt: skip
     """As `strip_kernel` without an activation; of heads of two halves the first `heads` are rotated, in PRODUCT."""
-    rope = (cos_ptr, sin_ptr, cos_b, cos_s, sin_b, sin_s)
+    rope = (cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads)
     _strips(
-        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, length, heads, half, HAS_BIAS,
+        w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, half, HAS_BIAS,
         "identity", False, PRODUCT, EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,
     )  # fmt: skip

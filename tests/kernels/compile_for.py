@@ -27,6 +27,7 @@ from regraft.kernels import (
     overlap,
     paged_attention_triton,
     paged_decode_triton,
+    qkv_rope_slab,
     qkv_rope_stream,
     qkv_rope_strip,
     rms_norm_triton,
@@ -124,11 +125,19 @@ def main(capability: int, limit: int) -> list[dict[str, Any]]:
                 row = {"case": f"strip {columns}", "shared": launched.pop()[0].metadata.shared, "copies": False}
                 rows.append({**row, "estimate": strip_gluon.RING + 17 * 1024, "wgmma": False})
         slab_gluon.multiprocessors = lambda device: 132
-        wide, shared = torch.empty(28672, 1024, dtype=half), torch.empty(6144, 3072, dtype=half)
+        wide, shared = torch.empty(28672, 1024, dtype=half), torch.empty(6144, 4096, dtype=half)
         for run, big in ((slab_gluon.linear_act, wide), (slab_gluon.gate_up, wide), (slab_gluon.linear_act, shared)):
             run(torch.empty(40, big.shape[1], dtype=half), big, None, "silu")
             kernel, _ = launched.pop()
             row = {"case": f"slab {run.__name__}", "shared": kernel.metadata.shared, "copies": False}
+            rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
+        few, tables = torch.empty(40, 1024, dtype=half), torch.empty(40, 128, dtype=half)
+        for heads in (48, 96):  # a piece, and three
+            weight = torch.empty(heads * 128, 1024, dtype=half)
+            given = (few, weight, None, tables, tables, None, None, heads // 2, heads // 4, 128)
+            qkv_rope_slab.qkv_rope(*given, False, 0.0, 0.0, None, "half", None)
+            kernel, _ = launched.pop()
+            row = {"case": f"slab heads {heads}", "shared": kernel.metadata.shared, "copies": False}
             rows.append({**row, "estimate": stream_gluon.RING + 1024, "wgmma": "wgmma" in kernel.asm["ptx"]})
         softmax_ring.multiprocessors = lambda device: 132
         softmax_ring.softmax(torch.empty(300, 200008, dtype=half))

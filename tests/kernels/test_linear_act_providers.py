@@ -203,6 +203,31 @@ def test_what_was_fastest_on_the_h200(rows: int, columns: int, depth: int, provi
     assert found == provider
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "head", "norm", "provider"),
+    [
+        (16, 6144, 4096, 128, False, "strip"),
+        (32, 6144, 4096, 128, False, "slab"),  # its programs turn heads without a norm
+        (32, 6144, 4096, 128, True, "stream"),
+        (64, 6144, 4096, 128, True, "slab"),
+        (4, 3072, 2048, 64, False, "slab"),
+        (4, 4096, 2048, 128, True, "strip"),
+        (8, 6144, 5120, 128, False, "stream"),
+        (8, 7168, 5120, 128, False, "slab"),
+        (8, 1536, 576, 64, False, "slab"),
+        (2048, 6144, 4096, 128, False, "wgmma"),
+    ],
+)
+def test_which_heads_were_fastest_on_the_h200(
+    rows: int, columns: int, depth: int, head: int, norm: bool, provider: str
+) -> None:
+    x, weight, table = (torch.empty(*shape).bfloat16() for shape in ((rows, depth), (columns, depth), (rows, head)))
+    plain = (0.0, 0.0, None, "half", None)
+    features = features_of("qkv_rope", (x, weight, None, table, table, None, None, 8, 4, head, norm, *plain))
+    found = next(e.provider for e in tuning.providers("nvidia_h200")["qkv_rope"] if e.matches(features))
+    assert found == provider
+
+
 @pytest.mark.parametrize("file", ["default", "nvidia_h200"])
 def test_every_size_has_a_configuration(file: str) -> None:
     memory = linear_act_wgmma.WgmmaMemory()

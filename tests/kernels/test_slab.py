@@ -92,15 +92,55 @@ def test_views_and_fp16(rows: int) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("rows", [(1, 3), (2, 9), (1, 64)])
-@pytest.mark.parametrize(("head", "depth"), [(64, 2048), (128, 4096), (80, 320)])
-def test_heads_are_turned_behind_the_product(rows: tuple[int, int], head: int, depth: int) -> None:
-    x, weight, bias = normal(*rows, depth), normal(19 * head, depth) / depth**0.5, normal(19 * head)
+@pytest.mark.parametrize("rows", [(1, 3), (2, 9), (1, 33), (4, 16)])
+@pytest.mark.parametrize(
+    ("heads", "head", "depth"),
+    [
+        (5, 16, 72),  # one piece of 8 rows of each half, columns behind the last
+        (19, 80, 320),  # the same, five to a head
+        (19, 64, 2048),
+        (48, 64, 2048),  # 16 rows
+        (48, 128, 1536),  # 32
+        (37, 128, 520),  # the last multiprocessors have none
+        (125, 128, 512),  # 64
+        (97, 96, 264),  # three of 16
+        (96, 128, 256),
+        (97, 112, 128),  # two of 8, of which the last slab has one
+        (400, 40, 64),  # half a head has 20 rows: behind the product
+        (300, 128, 64),  # more than the kernel takes: the same
+    ],
+)
+def test_heads(rows: tuple[int, int], heads: int, head: int, depth: int) -> None:
+    """Rotated in the product, or with a norm behind it."""
+    x, weight, bias = normal(*rows, depth), normal(heads * head, depth) / depth**0.5, normal(heads * head)
     angle = torch.rand(*rows, head // 2, device="cuda") * 6
-    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angle.cos(), angle.sin()))
+    cos, sin = (torch.cat((t, t), -1) for t in (angle.cos(), angle.sin()))
+    q, k = heads // 2, heads // 4
     gain, plain = normal(head), (False, 0.0, 0.0, None, "half", None)
-    check(qkv_rope, x, weight, bias, cos[:1], sin[:1], None, None, 11, 3, head, *plain)
-    check(qkv_rope, x, weight, None, cos, sin, gain, gain, 11, 3, head, True, 1e-6, 0.0, torch.bfloat16, "half", None)
+    low = cos.bfloat16(), sin.bfloat16()
+    check(qkv_rope, x, weight, bias, low[0][:1], low[1][:1], None, None, q, k, head, *plain)
+    check(qkv_rope, x, weight, None, cos, sin, None, None, q, heads - q, head, *plain)
+    check(qkv_rope, x, weight, None, *low, gain, gain, q, k, head, True, 1e-6, 0.0, torch.bfloat16, "half", None)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_views_of_heads_and_fp16() -> None:
+    half = torch.float16
+    x, weight, bias = normal(2, 7, 648, dtype=half), normal(20 * 64, 320, dtype=half) / 18, normal(10 * 64, dtype=half)
+    angle = torch.rand(1, 7, 32, device="cuda") * 6
+    cos, sin = (torch.cat((t, t), -1).to(half) for t in (angle.cos(), angle.sin()))
+    wide = torch.cat((cos, sin), -1)
+    plain = (False, 0.0, 0.0, None, "half", None)
+    for given in ((x[..., 8:328], weight[::2]), (x[..., :320].transpose(0, 1), weight[: 10 * 64])):
+        check(qkv_rope, *given, bias[:1].expand(640), cos[:, :1], sin[:, :1], None, None, 6, 2, 64, *plain)
+    check(qkv_rope, x[..., :320], weight[::2], bias, wide[..., :64], wide[..., 64:], None, None, 6, 2, 64, *plain)
+    # behind the product: pairs side by side, half of a head, tables whose columns are apart
+    one = x[..., :320].contiguous()
+    check(qkv_rope, one, weight, None, cos, sin, None, None, 6, 2, 64, *plain[:4], "interleaved", None)
+    check(qkv_rope, one, weight, None, cos, sin, None, None, 6, 2, 128, *plain)
+    apart = (t.repeat_interleave(2, -1)[..., ::2] for t in (cos, sin))
+    check(qkv_rope, one, weight, None, *apart, None, None, 6, 2, 64, *plain)
 
 
 @pytest.mark.gpu
