@@ -102,9 +102,15 @@ def _linear_act(args: Sequence[Any]) -> Features:
 
 
 def _qkv_rope(args: Sequence[Any]) -> Features:
-    """And D: columns of a head where heads are rotated whole, in two halves; otherwise 0. norm: 0 or 1."""
+    """And D: columns of a head where heads are rotated whole, in two halves; otherwise 0. norm: 0 or 1.
+
+    piece: the largest power of two up to 64 that divides half of such heads, where there are no other columns.
+    """
+    linear = _linear(args)
     cos, head, norm, layout = args[3], args[9], args[10], args[14]
-    return {**_linear(args), "D": head if cos.shape[-1] == head and layout == "half" else 0, "norm": int(norm)}
+    half = head // 2 if cos.shape[-1] == head and layout == "half" else 0
+    piece = min(half & -half, 64) if half and linear["N"] % head == 0 else 0
+    return {**linear, "D": 2 * half, "norm": int(norm), "piece": piece}
 
 
 def _experts(args: Sequence[Any]) -> Features:

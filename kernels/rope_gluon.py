@@ -8,14 +8,15 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def angles(rope, t, r, used, half):
+def angles(tables, t, r, used, half):
     """cos and sin of both halves of a head: of rows t of x, columns r of the first half, where `used`.
 
-    `rope`: cos, sin, rows of a sequence, strides of cos and of sin by sequence and position, heads that are rotated.
+    `tables`: cos, sin, rows of a sequence, strides of cos and of sin by sequence and position.
     """
-    cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, _ = rope
-    cos_ptr += t // length * cos_b + t % length * cos_s + r
-    sin_ptr += t // length * sin_b + t % length * sin_s + r
+    cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s = tables
+    sequence, position = (t // length).to(gl.int64), (t % length).to(gl.int64)
+    cos_ptr += sequence * cos_b + position * cos_s + r
+    sin_ptr += sequence * sin_b + position * sin_s + r
     cos1 = gl.load(cos_ptr, mask=used, other=0.0)
     cos2 = gl.load(cos_ptr + half, mask=used, other=0.0)
     sin1 = gl.load(sin_ptr, mask=used, other=0.0)

@@ -1,7 +1,7 @@
 """Linear layers of up to 64 rows on Hopper at the speed of the memory: launches `slab_kernel`.
 
 Calls that the kernel cannot read, or whose weight has more rows than all programs together take, are left to
-`stream_gluon`.
+`stream_gluon`. `linear_rope` rotates heads as well, where it `turns` them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import linear_act as ops
 from . import linear_act_triton, stream_gluon
-from .launch import empty, launch, launch_in_clusters, multiprocessors, on_device
+from .launch import empty, launch_in_clusters, multiprocessors, on_device
 from .linear_act_wgmma import refuse_operands
 from .op import Kernel, Signature
 from .slab_kernel import slab_heads_kernel, slab_kernel
@@ -32,7 +32,7 @@ ONE, ONE_GATED, TWO = 32, 64, 128
 BLOCK_ROWS: Final = 64
 """Rows of x that the matrix unit multiplies."""
 NARROW, NARROW_HEADS = 64, 32
-"""Rows of a slab, all parts together, up to which a step has 256 columns, else 128."""
+"""Rows of a slab, all parts together, up to which a step has 256 columns, else 128: in general, and of heads."""
 SHARED_ROWS: Final = (32, 48)
 """Rows of a slab between which two programs have twice as many, and half of the columns, if there are SHARED_COLUMNS;
 where there are MANY_COLUMNS, of fewer rows too. Not of gate and up."""
@@ -202,7 +202,8 @@ def linear_rope(
     assert plan is not None
     x_desc, steps, options = plan.options(rows)
     with on_device(rows):
-        launch(
+        launch_in_clusters(
+            plan.split,
             slab_heads_kernel,
             plan.grid(n // 2),
             x_desc,

@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False, disable-error-code="assignment,misc"
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment,misc,var-annotated"
 """Matrix products of up to 64 rows of x for Hopper, in Gluon: slabs of the weight stream through shared memory.
 
 A program has one slab: as many rows of the weight as there must be for at most one program a multiprocessor. So it
@@ -97,11 +97,28 @@ def _flat(bufs, stage):
     return bufs.index(stage)._reinterpret(bufs.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
 
 
+@gluon.constexpr_function
+def _sums(w_desc, warps):
+    """The layout of sums `[64, all rows of a piece]`."""
+    parts, rows, _ = w_desc.block_type.shape
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, parts * rows, 16])
+
+
 @gluon.jit
 def _zeros(w_desc):
     ROWS: gl.constexpr = w_desc.block_type.shape[0] * w_desc.block_type.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
-    return gl.zeros((64, ROWS), gl.float32, layout)
+    return gl.zeros((64, ROWS), gl.float32, _sums(w_desc, gl.num_warps()))
+
+
+@gluon.jit
+def _bias(w_desc, out, row):
+    """That of a piece whose first part begins with a row of the weight."""
+    b_ptr, _, N8, stride_b, apart = out
+    ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    layout: gl.constexpr = gl.SliceLayout(0, _sums(w_desc, gl.num_warps()))
+    at = gl.arange(0, w_desc.block_type.shape[0] * ROWS, layout)
+    n = row + at % ROWS
+    return gl.load(b_ptr + (n + at // ROWS * apart) * stride_b, mask=n < N8 * 8, other=0.0)
 
 
 @gluon.jit
@@ -209,34 +226,31 @@ def _angles(
     layout: gl.constexpr = _wide(ROWS, gl.num_warps())
     t, mine = _rows_of_x(layout, share, M, BOX, BOXES)
     row = _row(w_descs, first, piece, HALF)
-    used = mine & (row // (2 * HALF) < rope[-1])
+    tables, heads = rope
+    used = mine & (row // (2 * HALF) < heads)
     column = row // 8 % (HALF // 4) * 8
-    return angles(rope, t, column + _columns(layout, ROWS), used, HALF)
+    return angles(tables, t, column + _columns(layout, ROWS), used, HALF)
 
 
 @gluon.jit
 def _finish(
-    acc, bufs, out, row, share, M, rotated, by,
+    acc, bias, bufs, out, row, share, M, rotated, by,
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, PARTS: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr,
     PRODUCT: gl.constexpr,
 ):  # fmt: skip
-    """Bias, activation or rotation, and store of a piece; `row`: its first of the weight.
+    """Bias, activation or rotation, and store of a piece; `row`: its first of the weight; `out`: as in `_slab`.
 
     `rotated`: whether it is, `by` its `angles`.
     """
-    b_ptr, y_ptr, N8, stride_b, apart = out
+    _, y_ptr, N8, _, apart = out
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     N = N8 * 8
     COLUMNS: gl.constexpr = acc.shape[1] // PARTS
+    if HAS_BIAS:
+        acc += gl.expand_dims(bias.to(gl.float32), 0)
     up = acc
     if PARTS == 2:
         acc, up = gl.split(gl.permute(gl.reshape(acc, (64, 2, COLUMNS)), (0, 2, 1)))
-    if HAS_BIAS:
-        given: gl.constexpr = acc.type.layout
-        n = row + _columns(given, COLUMNS)
-        acc += gl.load(b_ptr + n * stride_b, mask=n < N, other=0.0).to(gl.float32)
-        if PARTS == 2:
-            up += gl.load(b_ptr + (apart + n) * stride_b, mask=n < N, other=0.0).to(gl.float32)
     layout: gl.constexpr = _wide(COLUMNS, gl.num_warps())
     t, mine = _rows_of_x(layout, share, M, BOX, BOXES)
     n = row + _columns(layout, COLUMNS)
@@ -264,6 +278,10 @@ def _slab(
     HAS_BIAS: gl.constexpr, KIND: gl.constexpr, HALF: gl.constexpr, PRODUCT: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
+    """`out`: bias, y, columns of y, 8 at a time, the bias' stride, rows of the weight from one part to the next.
+
+    `rope`: tables of `angles`, and how many heads are rotated.
+    """
     gdc_launch_dependents()
     COUNT: gl.constexpr = len(w_descs)
     BOXES: gl.constexpr = x_desc.block_type.shape[0]
@@ -288,7 +306,10 @@ def _slab(
     for i in gl.static_range(STAGES):
         _ask(x_desc, w_descs, x_bufs, w_bufs, full, i, i, steps, first, col, HALF, i >= EARLY, True)
     share = (member * (BOX * BOXES // SPLIT), (member + 1) * (BOX * BOXES // SPLIT))
+    biases = ()
     by = ()
+    for i in gl.static_range(COUNT if HAS_BIAS else 0):
+        biases = biases + (_bias(w_descs[i], out, _row(w_descs, first, i, HALF)),)  # noqa: RUF005
     if HALF > 0:
         for i in gl.static_range(COUNT):
             by = by + (_angles(w_descs, first, i, rope, share, M, HALF, BOX, BOXES),)  # noqa: RUF005
@@ -323,11 +344,17 @@ def _slab(
         _cluster(WAIT)  # the other program has read: this one may end, or put results wherever they go
     for i in gl.static_range(COUNT):
         row = _row(w_descs, first, i, HALF)
+        bias = None
+        if HAS_BIAS:
+            bias = biases[i]
+        rotated = None
+        turn = None
         if HALF > 0:
-            rotated = row // (2 * HALF) < rope[-1]
-            _finish(accs[i], w_bufs[i], out, row, share, M, rotated, by[i], HAS_BIAS, KIND, PARTS, BOX, BOXES, PRODUCT)
-        else:
-            _finish(accs[i], w_bufs[i], out, row, share, M, None, None, HAS_BIAS, KIND, PARTS, BOX, BOXES, None)
+            rotated = row // (2 * HALF) < rope[1]
+            turn = by[i]
+        _finish(
+            accs[i], bias, w_bufs[i], out, row, share, M, rotated, turn, HAS_BIAS, KIND, PARTS, BOX, BOXES, PRODUCT
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "N8", "steps", "stride_b"])
@@ -357,5 +384,5 @@ def slab_heads_kernel(
     for _ in gl.static_range(COUNT):
         w_descs = w_descs + (w_desc,)  # noqa: RUF005
     out = (b_ptr, y_ptr, N8, stride_b, HALF)
-    rope = (cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads)
+    rope = ((cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s), heads)
     _slab(x_desc, w_descs, out, rope, M, steps, HAS_BIAS, "identity", HALF, PRODUCT, SPLIT, STAGES, EARLY)

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation_triton import activate
 from .gluon_barrier import thread_barrier
+from .rope_gluon import angles, turned
 from .wgmma_kernel import weighted
 
 
@@ -76,33 +77,15 @@ def _finish(acc, up, out, n, t, M, HAS_BIAS: gl.constexpr, KIND: gl.constexpr, G
 
 
 @gluon.jit
-def _tables(rope, r, t, M, HALF: gl.constexpr):
-    """cos and sin `[rows of x, HALF]` of both halves of a head, for rows r of a half and rows t of x.
-
-    `rope`: cos, sin, q and k norm weights, rows of a sequence, strides of cos and sin by sequence and position, heads
-    of q, of q and k, eps, offset.
-    """
-    cos_ptr, sin_ptr, _, _, length, cos_b, cos_s, sin_b, sin_s, _, _, _, _ = rope
-    r, t = gl.expand_dims(r, 0), gl.expand_dims(t, 1)
-    used = (t < M) & (r >= 0)
-    cos_ptr += t // length * cos_b + t % length * cos_s + r
-    sin_ptr += t // length * sin_b + t % length * sin_s + r
-    cos1 = gl.load(cos_ptr, mask=used, other=0.0)
-    cos2 = gl.load(cos_ptr + HALF, mask=used, other=0.0)
-    sin1 = gl.load(sin_ptr, mask=used, other=0.0)
-    sin2 = gl.load(sin_ptr + HALF, mask=used, other=0.0)
-    return cos1, cos2, sin1, sin2
-
-
-@gluon.jit
-def _turn(x1, x2, out, tile, r, t, M, rope, tables, ROPE: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _turn(x1, x2, out, tile, r, t, M, rope, by, ROPE: gl.constexpr, HAS_BIAS: gl.constexpr):
     """Bias, norm, rotation and store of a head, whose halves are `[rows of x, ROWS]`; heads of v pass through.
 
-    `ROPE`: whether there is a norm, the dtype in it before the weight and after (None without a weight), and the dtype
-    of the products with cos and sin.
+    `rope`: the tables of `angles`, q and k norm weights, heads of q, of q and k, eps, offset. `by`: the angles. `ROPE`:
+    whether there is a norm, the dtype in it before the weight and after (None without a weight), and the dtype of the
+    products with cos and sin.
     """
     b_ptr, y_ptr, N, stride_b = out
-    _, _, qw_ptr, kw_ptr, _, _, _, _, _, q_heads, heads, eps, offset = rope
+    _, qw_ptr, kw_ptr, q_heads, heads, eps, offset = rope
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     HALF: gl.constexpr = x1.shape[1]
     first = tile * (2 * HALF) + r
@@ -122,13 +105,9 @@ def _turn(x1, x2, out, tile, r, t, M, rope, tables, ROPE: gl.constexpr, HAS_BIAS
                 w_ptr = kw_ptr
             x1 = weighted(x1, scale, w_ptr, r, offset, ROPE[1], ROPE[2], dtype)
             x2 = weighted(x2, scale, w_ptr + HALF, r, offset, ROPE[1], ROPE[2], dtype)
-        cos1, cos2, sin1, sin2 = tables
-        PRODUCT: gl.constexpr = ROPE[3]
-        # each product is rounded before the sum, as x * cos + rotated(x) * sin does
-        one = (x1 * cos1.to(gl.float32)).to(PRODUCT).to(gl.float32)
-        y1 = (one - (x2 * sin1.to(gl.float32)).to(PRODUCT).to(gl.float32)).to(PRODUCT).to(dtype)
-        two = (x2 * cos2.to(gl.float32)).to(PRODUCT).to(gl.float32)
-        y2 = (two + (x1 * sin2.to(gl.float32)).to(PRODUCT).to(gl.float32)).to(PRODUCT).to(dtype)
+        x1, x2 = turned(x1, x2, by, ROPE[3])
+        y1 = x1.to(dtype)
+        y2 = x2.to(dtype)
     t = gl.expand_dims(t, 1)
     y_ptr += t * N + n
     gl.store(y_ptr, y1, mask=(n < N) & (t < M))
@@ -176,7 +155,8 @@ def _stream(
     if ROPE is not None:
         head_r = gl.arange(0, ROWS, gl.SliceLayout(0, FLAT))
         head_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, FLAT))
-        tables = _tables(rope, head_r, head_t, M, ROWS)
+        at_t, at_r = gl.expand_dims(head_t, 1), gl.expand_dims(head_r, 0)
+        by = angles(rope[0], at_t, at_r, (at_t < M) & (at_r >= 0), ROWS)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_T, 16])
     r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     t = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
@@ -250,7 +230,7 @@ def _stream(
                 if ROPE is None:
                     _finish(sum_acc, sum_up, out, tile * ROWS + flat_r, flat_t, M, HAS_BIAS, KIND, GATED)
                 else:
-                    _turn(sum_acc, sum_up, out, tile, head_r, head_t, M, rope, tables, ROPE, HAS_BIAS)
+                    _turn(sum_acc, sum_up, out, tile, head_r, head_t, M, rope, by, ROPE, HAS_BIAS)
         start = stop
 
 
@@ -274,10 +254,11 @@ def stream_heads_kernel(
     cos_ptr, sin_ptr, qw_ptr, kw_ptr, length, cos_b, cos_s, sin_b, sin_s, q_heads, heads, eps, offset,
     HAS_BIAS: gl.constexpr, ROPE: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `stream_kernel` without an activation; a tile is a head, those of q and k are turned (`_tables`, `_turn`)."""
+    """As `stream_kernel` without an activation; a tile is a head, those of q and k are turned (`_turn`)."""
     ROWS: gl.constexpr = w_desc.block_type.shape[0]
     out = (b_ptr, y_ptr, N, stride_b)
-    rope = (cos_ptr, sin_ptr, qw_ptr, kw_ptr, length, cos_b, cos_s, sin_b, sin_s, q_heads, heads, eps, offset)
+    tables = (cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s)
+    rope = (tables, qw_ptr, kw_ptr, q_heads, heads, eps, offset)
     _stream(
         x_desc, w_desc, out, rope, part_ptr, count_ptr, M, ROWS, steps, depth, HAS_BIAS, "identity", False, ROPE, MOST,
         STAGES,

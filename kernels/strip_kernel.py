@@ -241,8 +241,9 @@ def _finish(
     if ROPE:
         y1 = acc.to(dtype).to(gl.float32)
         y2 = up.to(dtype).to(gl.float32)
-        rotated = n // (2 * half) < rope[-1]
-        one, two = turned(y1, y2, angles(rope, t, n % (2 * half), used & rotated, half), PRODUCT)
+        tables, heads = rope
+        rotated = n // (2 * half) < heads
+        one, two = turned(y1, y2, angles(tables, t, n % (2 * half), used & rotated, half), PRODUCT)
         gl.store(y_ptrs, gl.where(rotated, one, y1).to(dtype), mask=used)
         gl.store(y_ptrs + half, gl.where(rotated, two, y2).to(dtype), mask=used)
     else:
@@ -371,7 +372,7 @@ def strip_heads_kernel(
     LATE: gl.constexpr,
 ):  # fmt: skip
     """As `strip_kernel` without an activation; of heads of two halves the first `heads` are rotated, in PRODUCT."""
-    rope = (cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s, heads)
+    rope = ((cos_ptr, sin_ptr, length, cos_b, cos_s, sin_b, sin_s), heads)
     _strips(
         w_desc, x_desc, x_ptr, b_ptr, y_ptr, M, N, K, stride_x, stride_b, strips, rope, half, HAS_BIAS,
         "identity", False, PRODUCT, EIGHTS, COPY_X, EVEN, GROUPS, STAGES, EACH, BLOCK, PIECES, LATE,

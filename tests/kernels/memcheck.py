@@ -158,6 +158,8 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         ("qkv_rope", (*few(5, 3 * 128 + 40), *few_tables(5), *wide_gains, 1, 1, 128, *normed), {}),
         ("qkv_rope", (*few(33, 3 * 128), *few_tables(33), *(None,) * 2, 1, 1, 128, *plain), {}),
         ("qkv_rope", (randn(5, 192), randn(3 * 80, 192), None, *few_tables(5, 80), *(None,) * 2, 1, 1, 80, *plain), {}),
+        ("qkv_rope", (*few(19, 59 * 96), *few_tables(19, 96), *(None,) * 2, 40, 9, 96, *plain), {}),  # pieces in slabs
+        ("qkv_rope", (*few(2, 37 * 112), *few_tables(2, 112), *(None,) * 2, 20, 9, 112, *plain), {}),
         ("norm_gate_up", (*summed(264), randn(2 * 71, 264), randn(2 * 71), "silu"), {}),
         ("norm_gate_up", (*summed(4104), randn(2 * 71, 4104), None, "silu"), {}),
         ("norm_linear_act", (*summed(264), randn(131, 264), None, "gelu"), {}),

@@ -215,6 +215,10 @@ def test_what_was_fastest_on_the_h200(rows: int, columns: int, depth: int, provi
         (8, 6144, 5120, 128, False, "stream"),
         (8, 7168, 5120, 128, False, "slab"),
         (8, 1536, 576, 64, False, "slab"),
+        (8, 5120, 2560, 80, False, "strip"),  # few rows in a piece
+        (24, 15360, 5120, 128, False, "slab"),
+        (8, 4096, 1024, 128, True, "stream"),
+        (16, 4096, 1024, 128, True, "slab"),
         (2048, 6144, 4096, 128, False, "wgmma"),
     ],
 )

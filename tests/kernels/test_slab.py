@@ -105,7 +105,8 @@ def test_views_and_fp16(rows: int) -> None:
         (125, 128, 512),  # 64
         (97, 96, 264),  # three of 16
         (96, 128, 256),
-        (97, 112, 128),  # two of 8, of which the last slab has one
+        (37, 112, 128),  # two of 8; the last slab has one
+        (59, 96, 128),  # three of 16, of which it has two
         (400, 40, 64),  # half a head has 20 rows: behind the product
         (300, 128, 64),  # more than the kernel takes: the same
     ],
@@ -185,6 +186,26 @@ def test_slabs_cover_the_weight(programs: int, parts: int) -> None:
                 assert ring <= stream_gluon.RING
                 assert steps * plan.split * plan.columns >= depth
                 assert 64 * 4 * parts * plan.rows <= ring  # what is left for the other program
+
+
+@pytest.mark.parametrize("programs", [132, 78, 1])
+@pytest.mark.parametrize("half", [8, 24, 32, 40, 48, 56, 64, 128])
+def test_slabs_cover_heads(programs: int, half: int) -> None:
+    """Each row of the first halves once, in pieces within a head."""
+    for heads in (1, 3, 12, 36, 37, 48, 80, 125, 200):
+        plan = slab_gluon._plan_heads(heads * 2 * half, half, programs)
+        if plan is None:
+            assert heads * half > programs * 16  # at least two pieces of 8 rows for each
+            continue
+        (grid,) = plan.grid(heads * half)
+        assert grid <= programs
+        assert grid * plan.rows >= heads * half
+        assert len(set(plan.pieces)) == 1
+        assert half % plan.pieces[0] == 0
+        assert len(plan.pieces) <= slab_gluon.PIECES
+        _, _, options = plan.options(torch.empty(64, 1024, dtype=torch.bfloat16))
+        assert 1 <= options["EARLY"] < options["STAGES"]
+        assert options["STAGES"] * 2 * plan.columns * (64 + 2 * plan.rows) <= stream_gluon.RING
 
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
