@@ -20,6 +20,7 @@ from . import skinny_triton
 from .launch import (
     TL_DTYPES,
     collapse,
+    empty,
     launch,
     library,
     on_device,
@@ -155,8 +156,16 @@ def tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, Tensor, Tensor, tu
     return length, cos, sin, (cos_b, cos_s, sin_b, sin_s)
 
 
-def turned_behind(product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """The op `qkv_rope` as a product, `product(x, weight, bias)`, whose heads are turned in place."""
+def turned_behind(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    turns: Callable[[Tensor, Tensor, int], bool] | None = None,
+    linear_rope: Callable[..., None] | None = None,
+) -> Callable[..., Tensor]:
+    """The op `qkv_rope` as a product, `product(x, weight, bias)`, whose heads are turned in place.
+
+    Whole heads without a norm are turned in the product by `linear_rope`, if there is one, where
+    `turns(rows, weight, half)`: see `slab_gluon`.
+    """
 
     def qkv_rope(
         x: Tensor,
@@ -176,6 +185,16 @@ def turned_behind(product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) ->
         layout: str,
         compute_dtype: torch.dtype | None,
     ) -> Tensor:
+        if turns is not None and linear_rope is not None and not norm and layout == "half":
+            rows, half = x.reshape(-1, x.shape[-1]), head_dim // 2
+            whole = head_dim == cos.shape[-1] and cos.stride(-1) == sin.stride(-1) == 1
+            if whole and turns(rows, weight, half):
+                length, cos, sin, strides = tables(x, cos, sin)
+                y = empty((*x.shape[:-1], weight.shape[0]), x.dtype, x.device)
+                sizes = (length, q_heads + k_heads, half)
+                product_in = product_dtype(x.dtype, cos, sin, compute_dtype)
+                linear_rope(rows, weight, bias, y, (cos, sin), strides, sizes, product_in)
+                return y
         y = product(x, weight, bias)
         turn(x, y, cos, sin, q_weight, k_weight, (q_heads, k_heads, head_dim), norm, eps, offset, mid_dtype, layout,
              compute_dtype)  # fmt: skip

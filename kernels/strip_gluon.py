@@ -51,9 +51,14 @@ def _copied(groups: int) -> int:
     return next(size for size in (8, 4, 2, 1) if triton.cdiv(groups, size) * size - groups <= groups / 5)
 
 
-def fits(rows: Tensor, weight: Tensor) -> bool:
+def _fits(rows: Tensor, weight: Tensor) -> bool:
     """Whether the kernel can multiply x `[M, K]` by the weight: see `refuse`, and rows that TMA can read."""
     return stream_gluon.readable(rows, weight) and _refuse_sizes(rows.shape[0], rows.shape[1]) is None
+
+
+def turns(rows: Tensor, weight: Tensor, half: int) -> bool:
+    """Whether the kernel can multiply x `[M, K]` by heads of two halves and rotate them."""
+    return half % STRIP == 0 and weight.shape[0] % (2 * half) == 0 and _fits(rows, weight)
 
 
 def _refuse_sizes(m: int, k: int) -> str | None:
@@ -122,7 +127,7 @@ def _plan(
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    if n == 0 or not fits(rows, weight):
+    if n == 0 or not _fits(rows, weight):
         return (stream_gluon.gate_up if gated else stream_gluon.linear_act)(x, weight, bias, kind)
     y = empty((*x.shape[:-1], n), x.dtype, x.device)
     strips = triton.cdiv(n, STRIP)
@@ -162,7 +167,7 @@ def linear_rope(
     """y `[..., N]` = rows `[M, K]` @ weight.T + bias, of whose heads of two halves the first are rotated.
 
     `tables`: cos and sin, contiguous in their last dimension; `strides`: of both, by sequence and position; `sizes`:
-    rows of a sequence, heads that are rotated, columns of a half, which 8 divides. Both `fit`, and N is heads alone.
+    rows of a sequence, heads that are rotated, columns of a half. The kernel `turns` them.
     """
     strips = weight.shape[0] // (2 * STRIP)
     grid, descriptors, options = _plan(rows, weight, strips, 2, 2)
