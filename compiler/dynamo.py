@@ -44,6 +44,8 @@ class DynamoProgram:
 
     program: Program
     arguments: tuple[Argument, ...]
+    numbers: tuple[tuple[int, float], ...] = ()
+    """Positions of arguments that are numbers, and their values: the program holds for these alone."""
 
 
 class _Interpreted(nn.Module):
@@ -63,7 +65,7 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
     `examples` are the arguments it was traced with, sizes included. Raises CaptureError where the graph cannot be
     exported again with the same sizes left open.
     """
-    graph_module, arguments = _without_sizes(gm)
+    graph_module, arguments, numbers = _without_sizes(gm, examples)
     if not arguments:
         raise CaptureError("", "Dynamo's graph takes no tensors")
     tensors = tuple(examples[a.position].detach() for a in arguments)
@@ -97,11 +99,16 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
             inputs.append(Input(name, InputKind.CONSTANT, str(spec.target), value=held))
     module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     example = {a.target: t for a, t in zip(arguments, tensors) if a.kind is InputKind.USER}
-    return DynamoProgram(Program(module, inputs, rebuild=tuple, example=example), tuple(arguments))
+    return DynamoProgram(Program(module, inputs, rebuild=tuple, example=example), tuple(arguments), tuple(numbers))
 
 
-def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
-    """A copy whose placeholders are tensors only; each size is read from a tensor that has it."""
+def _without_sizes(
+    gm: fx.GraphModule, examples: Sequence[Any]
+) -> tuple[fx.GraphModule, list[Argument], list[tuple[int, float]]]:
+    """A copy whose placeholders are tensors only; each size is read from a tensor that has it.
+
+    With `dynamic=True` Dynamo hands in a float (`eps`, say) as a tensor that is read by `item()`: it becomes a number.
+    """
     copied = copy.deepcopy(gm)
     graph = copied.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -113,10 +120,19 @@ def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
                 if _is_open(size):
                     holders.setdefault(str(size.node.expr), (node, dim))
     body = next(n for n in graph.nodes if n.op != "placeholder")
-    arguments = []
+    arguments: list[Argument] = []
+    numbers: list[tuple[int, float]] = []
     originals = [n for n in gm.graph.nodes if n.op == "placeholder"]  # a copied node forgets its source
     for position, (node, original) in enumerate(zip(placeholders, originals, strict=True)):
         value = node.meta.get("example_value")
+        if _is_number(node, examples[position]):
+            number = float(examples[position])
+            for read in list(node.users):
+                read.replace_all_uses_with(number)  # type: ignore[arg-type]
+                graph.erase_node(read)
+            graph.erase_node(node)
+            numbers.append((position, number))
+            continue
         if isinstance(value, Tensor):
             kind, target = _meaning(original)
             arguments.append(Argument(position, node.name, kind, target))
@@ -133,7 +149,13 @@ def _without_sizes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Argument]]:
             node.replace_all_uses_with(length)
         graph.erase_node(node)
     copied.recompile()
-    return copied, arguments
+    return copied, arguments, numbers
+
+
+def _is_number(node: fx.Node, example: object) -> bool:
+    """Whether a placeholder is a Python float that Dynamo has made a tensor of."""
+    float64 = type(example) is Tensor and example.dtype == torch.float64 and example.ndim == 0
+    return float64 and all(u.op == "call_method" and u.target == "item" for u in node.users)
 
 
 def _meaning(node: fx.Node) -> tuple[InputKind, str]:

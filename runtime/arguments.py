@@ -97,6 +97,18 @@ def sayer(args: argparse.Namespace) -> Callable[[str], None]:
     return lambda line: print(line, file=stream, flush=True)
 
 
+def check_targets(args: argparse.Namespace) -> None:
+    """Raises ArgumentError where a file that is written in the end has no place: before the work, not behind it."""
+    for name in ("json", "html", "trace"):
+        target = getattr(args, name, None)
+        if target in (None, "-"):
+            continue
+        if not Path(target).parent.is_dir():
+            raise ArgumentError(f"--{name} {target!r}: there is no folder {str(Path(target).parent)!r}")
+        if Path(target).is_dir():
+            raise ArgumentError(f"--{name} {target!r}: expected a file, this is a folder")
+
+
 def write(target: str | None, text: Callable[[], str]) -> None:
     if target == "-":
         print(text())

@@ -30,7 +30,7 @@ from .options import Options, make_options
 from .record import Record, SignatureRecord
 from .report import Report
 from .stages import is_rule
-from .weights import compute, lay
+from .weights import compute, lay, plainly
 
 log = logging.getLogger("regraft")
 
@@ -158,6 +158,7 @@ class _Compiled:
         self._run: Callable[..., Any] = compiled.program.gm.forward
         self._record = record
         place = {a.target: a.position for a in dynamo.arguments}
+        self._numbers = dynamo.numbers
         self._users = [a.position for a in dynamo.arguments if a.kind is InputKind.USER]
         self._recipes: list[Recipe] = []
         self._slots: list[tuple[str, Any]] = []
@@ -181,6 +182,9 @@ class _Compiled:
                 warnings.warn(
                     "regraft: an input asks for gradients; the original graph runs", RegraftWarning, stacklevel=2
                 )
+            self._record.calls["original"] += 1
+            return self._original(*args)
+        if any(args[i].item() != number for i, number in self._numbers):
             self._record.calls["original"] += 1
             return self._original(*args)
         with torch.no_grad():
@@ -215,6 +219,7 @@ def _marks(recipe: Recipe, sources: Sequence[torch.Tensor]) -> tuple[tuple[int, 
     return tuple((s.data_ptr(), 0 if recipe.concatenation or s.is_inference() else s._version) for s in sources)
 
 
+@plainly()
 def _pack(recipe: Recipe, sources: Sequence[torch.Tensor], old: torch.Tensor) -> torch.Tensor:
     alike = len({(s.dtype, s.device, s.shape[1:]) for s in sources}) == 1
     if not recipe.concatenation or not alike or any(s.is_inference() for s in sources):
@@ -229,7 +234,7 @@ def _pack(recipe: Recipe, sources: Sequence[torch.Tensor], old: torch.Tensor) ->
 
 def _is_active_dropout(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    if "dropout" not in name:
+    if "dropout" not in name or not node.op.startswith("call_"):  # a placeholder may be a module's rate
         return False
     rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .ablate import ablate
 from .arguments import device_of, dtype_of, load, model, names, number, numbers, rounds, sayer, where, write
 from .bench import REGRAFT, Bench, summary_table
@@ -100,8 +102,11 @@ def _generate(args: argparse.Namespace) -> int:
     args.model = args.model or args.named
     baseline = _baseline(args.baseline, "generate", ("row", "candidate", "step_ms")) if args.baseline else None
     say = sayer(args)
+    model = load(args, device_of(args))
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        raise ArgumentError(f"model {args.model!r}: expected one that generates text, {type(model).__name__} does not")
     bench = bench_generate(
-        load(args, device_of(args)),
+        model,
         [GenerateRow(batch, prompt, args.new) for batch in args.batch for prompt in args.prompt],
         args.candidates,
         name=name_of(args.model),

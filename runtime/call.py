@@ -20,8 +20,11 @@ from .nested import Shape, Unflattenable, flatten
 Key = tuple[tuple[Any, ...], ...]
 """`(name, dtype, rank, device)` for each tensor, `(name, type, value)` for static values, then shapes of containers."""
 
-CONFIG_DEFAULTS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
-"""Arguments whose default a HuggingFace model takes from its config, which the user may change between calls."""
+CONFIG_DEFAULTS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
+"""Arguments whose default a HuggingFace model takes from its config, which the user may change between calls.
+
+So it does for every argument without a default of its own that is a flag in the config.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Signature:
         self.variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
         self._order = {p.name: i for i, p in enumerate(parameters)}
         self._defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        config = getattr(module, "config", None)
+        flags = (n for n, d in self._defaults.items() if d is None and isinstance(getattr(config, n, None), bool))
+        self._configured = tuple(dict.fromkeys((*CONFIG_DEFAULTS, *flags)))
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Names that forward does not take."""
@@ -121,7 +127,7 @@ class Signature:
         """`static` and, for what was left out, the values the model will take from its config."""
         found = dict(static)
         config = getattr(self._module, "config", None)
-        for name in CONFIG_DEFAULTS:
+        for name in self._configured:
             if name in found or not (name in self._order or self.keywords):
                 continue
             value = self._defaults.get(name)

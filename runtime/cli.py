@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0, or 1 where something measured was wrong, or 2 for arguments that cannot be used."""
     args = parser().parse_args(argv)
     try:
+        arguments.check_targets(args)
         status: int = args.run(args)
     except (RegraftError, ValueError) as error:
         print(f"regraft {args.verb}: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -97,6 +98,11 @@ class Dispatch(StandIn):
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the original, by which `torch.export` tells arguments apart; inside it the original runs."""
+        return inspect.unwrap(self.original).__code__
 
     @property
     def bound(self) -> _Bound:

@@ -50,7 +50,7 @@ def load_config(model: str) -> Any:
         raise ArgumentError(f"model {model!r}: expected a folder with a config.json, or a config.json{hint}")
     try:
         return transformers.AutoConfig.from_pretrained(file)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"model {model!r}: transformers cannot read its config ({error})") from error
 
 

@@ -67,8 +67,10 @@ def read_suite(file: str) -> list[Row]:
     """The rows of a file. Raises ArgumentError that says what is wrong with it."""
     path = Path(file)
     try:
-        plain = json.loads(path.read_text())["rows"]
-        rows = [_row(line, path.parent) for line in plain]
+        plain = json.loads(path.read_text())
+        if not isinstance(plain, dict) or not isinstance(plain.get("rows"), list):
+            raise ValueError("expected an object with a list of rows")
+        rows = [_row(line, path.parent) for line in plain["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"suite {file!r}: {type(error).__name__}: {error}") from error
     return rows

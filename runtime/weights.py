@@ -32,7 +32,7 @@ _shape = attrgetter("shape")
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def plainly() -> Iterator[None]:
     """Outside of autograd and of inference mode: what is made there can neither be trained nor watched for changes."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -154,7 +154,7 @@ class Weights:
         """After `Change.FORM`: forget what was packed and start from what is there now."""
         self.restore()
 
-    @_plainly()
+    @plainly()
     def repack(self) -> None:
         """After `Change.VALUES`: bring every packed weight up to date and make the sources views again."""
         for key, pack in list(self.packs.items()):
@@ -190,7 +190,7 @@ class Weights:
 
     # -- packing ----------------------------------------------------------------------------------------------------
 
-    @_plainly()
+    @plainly()
     def pack(self, recipes: Iterable[Recipe]) -> None:
         """Make the packed weights one after the other: at no time more than a few of them exist twice.
 
@@ -267,13 +267,13 @@ class Weights:
         value = compute(recipe, sources)
         return Pack(recipe, value, False, sources, [(s.data_ptr(), _version(s)) for s in sources])
 
-    @_plainly()
+    @plainly()
     def restore(self) -> None:
         """Independent contiguous parameters again, bit for bit, one packed weight at a time."""
         self._undo(list(self.packs))
         self._look()
 
-    @_plainly()
+    @plainly()
     def keep(self, recipes: Iterable[Recipe]) -> None:
         """Undo every packed weight but these."""
         wanted = {pack_key(r) for r in recipes}
@@ -306,7 +306,7 @@ def pack_key(recipe: Recipe) -> PackKey:
     return (id(recipe) if constants else recipe.graph.code, recipe.sources)
 
 
-@_plainly()
+@plainly()
 def lay(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
     """Copy sources that are not there yet into their rows of the buffer, and let them be views of it."""
     starts = itertools.accumulate((s.shape[0] for s in sources), initial=0)
@@ -328,7 +328,7 @@ def in_place(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
     )
 
 
-@_plainly()
+@plainly()
 def compute(recipe: Recipe, sources: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packed weight from its sources, sharing no storage with them."""
     if recipe.concatenation:

@@ -88,6 +88,35 @@ def test_a_second_instance_and_new_weights_are_used_not_the_first() -> None:
         assert_close(compiled(**inputs).logits, other(**inputs).logits, exactly(other, **inputs).logits)
 
 
+def test_in_inference_mode() -> None:
+    """Weights are packed there too, by buffers that may be written to outside of it."""
+    model, inputs = zoo.build("llama")
+    reports: list[Any] = []
+    compiled = _compiled(model, reports)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            _assert_as_good(compiled(**inputs), model(**inputs), exactly(model, **inputs))
+    assert sum(r.calls["original"] for r in reports) == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sizes_open_from_the_beginning(name: str) -> None:
+    """Dynamo hands in floats of modules as tensors then: they are numbers, and others go to the original."""
+    model, inputs = zoo.build(name)
+    reports: list[Any] = []
+    options = {"report": reports.append, "strict": True}
+    compiled = torch.compile(model, backend="regraft", dynamic=True, options=options)
+    with torch.no_grad():
+        for given in (inputs, _longer(inputs)):
+            _assert_as_good(compiled(**given), model(**given), exactly(model, **given))
+        assert sum(r.calls["graph"] for r in reports) == 2
+        for module in model.modules():
+            for attribute in ("eps", "variance_epsilon"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, 0.25)
+        _assert_as_good(compiled(**inputs), model(**inputs), exactly(model, **inputs))
+
+
 def test_an_unknown_option_names_the_closest() -> None:
     model, inputs = zoo.build("llama")
     compiled = torch.compile(model, backend=backend, options={"pases": {}})

@@ -83,12 +83,18 @@ def test_bench_forward_writes_its_conditions(folder: Path, tmp_path: Path, capsy
         (["bench", "forward", "CONFIG", "--batch", "1,x"], "'x' is not a positive number"),
         (["bench", "forward", "CONFIG", "--candidates", "eagre"], "eager"),
         (["bench", "kernels", "rmsnorm"], "rms_norm"),
+        (["bench", "generate", "bert_base", "--layers", "1"], "BertModel does not"),
+        (["profile", "CONFIG", "--trace", "/no/such/folder/x.json"], "--trace '/no/such/folder/x.json': there is no"),
+        (["optimize", "CONFIG", "--html", "/"], "--html '/': expected a file"),
+        (["optimize", "LIST"], "transformers cannot read its config"),
     ],
 )
 def test_errors_name_the_argument_and_what_is_allowed(
-    words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(config) if w == "CONFIG" else w for w in words]
+    (tmp_path / "list.json").write_text("[1]")
+    paths = {"CONFIG": str(config), "LIST": str(tmp_path / "list.json")}
+    words = [paths.get(w, w) for w in words]
     try:
         status = main(words)
     except SystemExit as left:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from runtime_models import Identity, Real, optimized, tiny_llama, tokens
 
 from regraft.runtime.dispatch import Dispatch
@@ -189,6 +190,20 @@ def test_config_changes_are_followed() -> None:
     assert model(tokens()).past_key_values is not None
     assert isinstance(model(tokens(), return_dict=False), tuple)
     assert counted(model)["original"] == 0
+
+
+def test_flags_of_the_config_are_followed() -> None:
+    model, inputs = zoo.build("mixtral")
+    model = optimized(model)
+    assert "router_logits" not in model(**inputs)
+    model.config.output_router_logits = True
+    assert "router_logits" in model(**inputs)
+
+
+def test_torch_export_takes_the_original(model: transformers.LlamaForCausalLM) -> None:
+    exported = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False})
+    expected = model(tokens(), use_cache=False).logits
+    torch.testing.assert_close(exported.module()(input_ids=tokens(), use_cache=False).logits, expected)
 
 
 def test_deepcopy_is_right_and_independent(model: transformers.LlamaForCausalLM) -> None:

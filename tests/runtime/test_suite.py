@@ -97,6 +97,7 @@ def test_a_wrong_suite_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     for text, said in (
         ("{}", "rows"),
+        ("[1]", "rows"),
         ('{"rows": [{"model": "m", "batch": 1, "length": 2, "peers": ["tvm"]}]}', "'tvm'"),
         ('{"rows": [{"model": "m", "batch": 1, "size": 2}]}', "size"),
     ):
