@@ -28,6 +28,7 @@ from .functional import functional
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
 from .module_state import Snapshot, state_of
+from .one_tracer import tracing_alone
 from .outputs import Structure, caches, flatten, unknown
 from .positions import bound_lengths
 from .program import Note, Program
@@ -81,6 +82,7 @@ def capture(
     return program if fits else _capture(model, forward, tensors, static, device, files)
 
 
+@tracing_alone()
 def _capture(
     model: nn.Module,
     forward: Forward,

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compiler.errors import CaptureError
+from ..compiler.one_tracer import wait_for_tracer
 from ..compiler.program import Note
 from . import caches
 from .build import Builder, Served, Stages, Unserved
@@ -126,6 +127,7 @@ class Dispatch(StandIn):
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wait_for_tracer()
         if torch.compiler.is_compiling() or getattr(self._local, "inside", False):
             return self.original(*args, **kwargs)
         if isinstance(kwargs.get("past_key_values"), PagedCache):

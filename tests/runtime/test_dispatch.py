@@ -257,6 +257,35 @@ def test_threads_capture_once() -> None:
     assert counted(model) == {"graph": 4, "original": 0}
 
 
+def test_threads_are_served_while_one_captures() -> None:
+    """The tracer stands in for parameters and for every module's call: others wait for it."""
+    model = optimized(tiny_llama())
+    expected = model(tokens()).logits
+    wrong: list[object] = []
+    stop = threading.Event()
+
+    def serve() -> None:
+        try:
+            while not stop.is_set():
+                if not torch.equal(model(tokens()).logits, expected):
+                    wrong.append("another result")
+        except Exception as error:  # noqa: BLE001 - whatever the tracer does to a stranger
+            wrong.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for arguments in ({"use_cache": False}, {"output_hidden_states": True}, {"logits_to_keep": 2}):
+            model(tokens(), **arguments)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert counted(model)["original"] == 0
+
+
 def test_too_long_for_learned_positions() -> None:
     config = transformers.GPT2Config(
         vocab_size=131, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2
