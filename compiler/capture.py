@@ -32,7 +32,7 @@ from .one_tracer import tracing_alone
 from .outputs import Structure, caches, flatten, unknown
 from .positions import bound_lengths
 from .program import Note, Program
-from .quiet import quiet
+from .quiet import loggers_quiet, quiet
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def capture(
 
 
 @tracing_alone()
+@loggers_quiet()
 def _capture(
     model: nn.Module,
     forward: Forward,

@@ -24,6 +24,7 @@ from torch.fx.traceback import preserve_node_meta
 from .errors import CaptureError, first_lines
 from .one_tracer import tracing_alone
 from .program import Input, InputKind, Program
+from .quiet import quiet
 from .strided import keep_layouts
 
 _ATTRIBUTE = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
@@ -73,7 +74,7 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[Any]) -> DynamoProgram:
     dynamic = tuple(_dynamic_dims(n) for n in graph_module.graph.nodes if n.op == "placeholder")
     try:
         # outside Dynamo's own tracing: sizes made here must not become guards of the frame it compiles
-        with torch.no_grad(), tracing(None), preserve_node_meta(), tracing_alone():
+        with torch.no_grad(), tracing(None), preserve_node_meta(), tracing_alone(), quiet():
             exported = torch.export.export(
                 _Interpreted(graph_module), tensors, dynamic_shapes=(dynamic,), strict=False
             ).run_decompositions({})

@@ -7,19 +7,31 @@ import io
 import logging
 from collections.abc import Iterator
 
-_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch.export.dynamic_shapes", "torch._export")
+_LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.export",
+    "torch.export.dynamic_shapes",
+    "torch._export",
+    "torch._subclasses.fake_tensor",
+)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """While active, nothing but errors of torch's own loggers, and nothing on stderr."""
+def loggers_quiet() -> Iterator[None]:
+    """While active, nothing of torch's own loggers that an exception says as well."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+            logger.setLevel(logging.CRITICAL)
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """And nothing on stderr."""
+    with loggers_quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield

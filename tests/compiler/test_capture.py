@@ -4,6 +4,7 @@ padded or not, with and without a cache; and capturing leaves no trace on the mo
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from typing import Any
 
@@ -474,3 +475,22 @@ def test_code_that_runs_otherwise_where_it_is_compiled() -> None:
     assert vars(inspect.getmodule(type(model)))["is_torchdynamo_compiling"] is asks
     these = {name: torch.randint(3, zoo.VOCAB, (3, 14)) for name in inputs}
     assert_same(run(program, model, these).logits, eager(model, these, {"use_cache": False}).logits)
+
+
+def test_what_torch_logs_of_a_failed_export_is_not_shown() -> None:
+    """The error says it; torch's loggers would add its tracebacks."""
+    model, inputs = zoo.build("llama")
+    ids = inputs["input_ids"]
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = shown.append  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(CaptureError, match="too few dimensions"):
+            capture(model, {"input_ids": ids, "attention_mask": torch.ones(*ids.shape, ids.shape[1])}, cache=False)
+        assert shown == []
+        logger.error("behind it they speak again")
+        assert len(shown) == 1
+    finally:
+        logger.removeHandler(handler)
