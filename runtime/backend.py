@@ -173,18 +173,14 @@ class _Compiled:
                 self._slots.append(("argument", place[meaning.target]))
         self._sources = [[place[s] for s in r.sources] for r in self._recipes]
         self._packs: dict[tuple[int, ...], _Packed] = {}
-        self._warned = False
+        self._said: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._users):
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "regraft: an input asks for gradients; the original graph runs", RegraftWarning, stacklevel=2
-                )
-            self._record.calls["original"] += 1
-            return self._original(*args)
-        if any(args[i].item() != number for i, number in self._numbers):
+        reason = self._unserved(args)
+        if reason is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                warnings.warn(f"regraft: {reason}; the original graph runs", RegraftWarning, stacklevel=2)
             self._record.calls["original"] += 1
             return self._original(*args)
         with torch.no_grad():
@@ -195,6 +191,14 @@ class _Compiled:
             ]
             self._record.calls["graph"] += 1
             return self._run(*values)
+
+    def _unserved(self, args: Sequence[Any]) -> str | None:
+        """Why the graph does not compute what this call asks for, or `None`."""
+        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._users):
+            return "an input asks for gradients"
+        if any(args[i].item() != number for i, number in self._numbers):
+            return "a float that the graph was compiled for has changed"
+        return None
 
     def _packed(self, args: Sequence[Any]) -> list[torch.Tensor]:
         if not self._recipes:

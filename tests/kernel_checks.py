@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.launch import INTERPRETED
-from regraft.kernels.op import Op
+from regraft.kernels.op import Kernel, Op
 from regraft.kernels.table import PROVIDERS
 
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -21,6 +21,10 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 
 
 def to_double(value: Any) -> Any:
@@ -67,6 +71,21 @@ def check_kernel(op: Op, *args: Any, provider: str = "triton", ulps: float = 4.0
     for a, r, e in zip(actual, reference, oracle(op, *args, **kwargs), strict=True):
         assert_close(a, r, e, ulps)
         assert layout(a) == layout(r) or a.is_contiguous()
+
+
+def check_same_bits(kernel: Kernel, *args: Any) -> None:
+    """A kernel as good as its op's reference, with the same bits each time."""
+    op = kernel.op
+    assert kernel.supports(op.signature(*args)) is None
+    actual, reference = kernel.run(*args), op.reference(*args)
+    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
+    assert layout(actual) == layout(reference)
+    assert torch.equal(actual, kernel.run(*args))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random numbers on the GPU."""
+    return torch.randn(shape, device="cuda").to(dtype)
 
 
 def assert_same_in_graphs_beside_a_stream(function: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> None:

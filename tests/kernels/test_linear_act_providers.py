@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import as_tuple, assert_close, in_dtypes, layout, on_devices, oracle
+from kernel_checks import as_tuple, assert_close, in_dtypes, layout, on_devices, on_hopper, oracle
 
 from regraft.kernels import choice, linear_act_torch, linear_act_wgmma, tuning
 from regraft.kernels.features import features_of
@@ -15,10 +15,6 @@ from regraft.kernels.tuning import Config
 
 CUBLAS = {kernel.op.name: kernel for kernel in linear_act_torch.KERNELS}
 WGMMA = {kernel.op.name: kernel for kernel in linear_act_wgmma.KERNELS}
-
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 
 
 def linear(rows: int, columns: int, depth: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:

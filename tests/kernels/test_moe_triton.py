@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_close, layout, on_devices, oracle
+from kernel_checks import assert_close, layout, on_devices, on_hopper, oracle
 from torch import Tensor
 
 from regraft.kernels import linear_act_wgmma, moe_routing_triton, moe_torch, moe_triton, moe_wgmma
@@ -15,9 +15,6 @@ from regraft.kernels.moe import moe_experts
 from regraft.kernels.tuning import Config
 
 HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 in_halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 VARIANTS: dict[str, dict[str, Any]] = {

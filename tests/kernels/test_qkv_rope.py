@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DTYPES, assert_close, in_dtypes, layout, on_devices, to_double
+from kernel_checks import DTYPES, assert_close, in_dtypes, layout, on_devices, on_hopper, to_double
 
 from regraft.kernels import choice, qkv_rope_triton, qkv_rope_wgmma
 from regraft.kernels.op import Kernel
@@ -15,9 +15,6 @@ from regraft.kernels.rope import norm_rope, rope
 
 CUBLAS, SKINNY = qkv_rope_triton.KERNELS
 WGMMA = qkv_rope_wgmma.KERNELS[0]
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 
 
 def given(

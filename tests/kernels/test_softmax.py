@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import assert_same_in_graphs_beside_a_stream, check_kernel, in_dtypes, on_devices, refusal
+from kernel_checks import assert_same_in_graphs_beside_a_stream, check_kernel, in_dtypes, on_devices, on_hopper, refusal
 
 from regraft.kernels import choice, counters, softmax_ring, softmax_triton
 from regraft.kernels.op import TensorSpec
@@ -77,9 +77,6 @@ def test_triton_refuses(device: str) -> None:
     assert "no dimensions" in refusal(softmax, x[0, 0])
 
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 RING = softmax_ring.KERNELS[0]
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
+from kernel_checks import (
+    as_tuple,
+    assert_close,
+    assert_same_in_graphs_beside_a_stream,
+    check_same_bits,
+    layout,
+    on_hopper,
+    oracle,
+)
 
 from regraft.kernels import choice, counters, qkv_rope_stream, stream_gluon
 from regraft.kernels.linear_act import gate_up, linear_act
@@ -17,18 +25,9 @@ from regraft.kernels.qkv_rope import qkv_rope
 KERNELS = {kernel.op.name: kernel for kernel in stream_gluon.KERNELS}
 QKV = qkv_rope_stream.KERNELS[0]
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
-
 
 def check(op: Op, *args: object) -> None:
-    kernel = KERNELS[op.name]
-    assert kernel.supports(op.signature(*args)) is None
-    actual, reference = kernel.run(*args), op.reference(*args)
-    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
-    assert layout(actual) == layout(reference)
-    assert torch.equal(actual, kernel.run(*args))  # parts are added in one order
+    check_same_bits(KERNELS[op.name], *args)
 
 
 def linear(rows: int, columns: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

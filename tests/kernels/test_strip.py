@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import as_tuple, assert_close, assert_same_in_graphs_beside_a_stream, layout, oracle
+from kernel_checks import assert_same_in_graphs_beside_a_stream, check_same_bits, normal, on_hopper
 
 from regraft.kernels import choice, qkv_rope_strip, strip_gluon
 from regraft.kernels.linear_act import gate_up, linear_act
@@ -16,22 +16,9 @@ KERNELS = {kernel.op.name: kernel for kernel in (*strip_gluon.KERNELS, *qkv_rope
 HEADS = [(64, 2048), (128, 4096), (80, 320), (48, 1024), (128, 3584)]
 """Columns of a head, and of x."""
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
-
 
 def check(op: Op, *args: object) -> None:
-    kernel = KERNELS[op.name]
-    assert kernel.supports(op.signature(*args)) is None
-    actual, reference = kernel.run(*args), op.reference(*args)
-    assert_close(actual, reference, as_tuple(oracle(op, *args))[0])
-    assert layout(actual) == layout(reference)
-    assert torch.equal(actual, kernel.run(*args))
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    check_same_bits(KERNELS[op.name], *args)
 
 
 @pytest.mark.gpu
