@@ -119,35 +119,35 @@ class Graphs:
         self.refused: str | None = None
         """Why no further graph is made."""
 
+    def replayed(self, given: Sequence[Tensor], version: object) -> list[Any] | None:
+        """What the graph for these gives, if there is one that may run; the other values are known to be in place."""
+        device = _common_device(given) if self._graphs else None
+        if device is None:
+            return None
+        key, shared = _key(given), _shared(device)
+        with shared.lock:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            captured = self._free(key, stream) if version == self._version else None
+            return None if captured is None else self._replay(shared, captured, given)
+
     def __call__(self, values: Sequence[Any], version: object) -> Any:
         """What `function(*values)` returns."""
         given = values[: self._count]
-        device = given[0].device if given else None
-        if (
-            device is None
-            or any(t.device != device for t in given)
-            or device.type != "cuda"
-            or torch.cuda.current_device() != _index(device)
-            or torch.cuda.is_current_stream_capturing()
-        ):
+        device = _common_device(given)
+        if device is None:
             return self._function(*values)
-        key = tuple([(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given])
-        shared = _shared(device)
+        key, shared = _key(given), _shared(device)
         with shared.lock:
             if version != self._version:
                 self._graphs.clear()
                 self._plans.clear()
                 self._version = version
             stream = torch.cuda.current_stream(device).cuda_stream
-            made = self._graphs.get(key, [])
-            captured = next((c for c in made if c.free(stream)), None)
-            if captured is not None:
-                self._graphs.move_to_end(key)
-            elif len(made) < COPIES and self._due(key):
-                del made  # a graph in it may have to go
-                return self._first(shared, key, values, stream)
+            captured = self._free(key, stream)
             if captured is not None:
                 return self._replay(shared, captured, given)
+            if len(self._graphs.get(key, ())) < COPIES and self._due(key):
+                return self._first(shared, key, values, stream)
             plans = self._plans.get(key)
             seen = self._seen.get(key, 0)
         if plans is not None:
@@ -161,6 +161,13 @@ class Graphs:
             if version == self._version and len(self._plans) < MAX_SHAPES:
                 self._plans[key] = plans
         return result
+
+    def _free(self, key: Shapes, stream: int) -> _Captured | None:
+        """A graph for these shapes that may run on this stream."""
+        captured = next((c for c in self._graphs.get(key, ()) if c.free(stream)), None)
+        if captured is not None:
+            self._graphs.move_to_end(key)
+        return captured
 
     def _watch(self, key: Shapes, values: Sequence[Any]) -> Any:
         """Run directly, and see whether the host or the GPU takes longer, and how large the outputs are."""
@@ -327,8 +334,7 @@ class Graphs:
     def _replay(shared: _Shared, captured: _Captured, given: Sequence[Tensor]) -> list[Any]:
         if shared.last is not None:
             shared.last.wait()  # the last replay may have been on another stream
-        for own, value in zip(captured.inputs, given, strict=True):
-            own.copy_(value)
+        torch._foreach_copy_(captured.inputs, list(given))
         captured.graph.replay()
         outputs = list(captured.outputs)
         mine = [captured.outputs[i] for i in captured.copied]
@@ -345,6 +351,19 @@ class Graphs:
             shared.last = torch.cuda.Event()
         shared.last.record()
         return outputs
+
+
+def _common_device(given: Sequence[Tensor]) -> torch.device | None:
+    """The device of all of them, if a CUDA graph may run on it now."""
+    device = given[0].device if given else None
+    if device is None or device.type != "cuda" or any(t.device != device for t in given):
+        return None
+    elsewhere = torch.cuda.current_device() != _index(device)
+    return None if elsewhere or torch.cuda.is_current_stream_capturing() else device
+
+
+def _key(given: Sequence[Tensor]) -> Shapes:
+    return tuple([(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given])
 
 
 def _bytes(outputs: Sequence[Any]) -> int:

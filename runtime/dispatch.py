@@ -154,6 +154,9 @@ class Dispatch(StandIn):
             return self._by_original(call.unserved, args, kwargs)
         if call.past is not None and self.whole is not None and not isinstance(self.module, PreTrainedModel):
             return self._by_original("past_key_values of a block, which does not return what it writes", args, kwargs)
+        output = self._ahead(bound, call)
+        if output is not None:
+            return self._counted(output, call)
         served = self._find(bound, call)
         if isinstance(served, Unserved):
             try:
@@ -164,12 +167,29 @@ class Dispatch(StandIn):
                 raise
         if call.past is not None and not served.fits(call.past):
             return self._by_original("a past_key_values of another kind than the model makes", args, kwargs)
-        output = served.run(call.tensors)
+        return self._counted(served.run(call.tensors), call)
+
+    def _counted(self, output: Any, call: Call) -> Any:
+        """What a graph gave, as the caller gets it."""
         if call.past is not None:
             output = caches.fill(output, call.past)
         with self._count_lock:
             self.record.calls["graph"] += 1
         return output
+
+    def _ahead(self, bound: _Bound, call: Call) -> Any:
+        """What a CUDA graph gives that is launched before all is looked at; None where there is none, or no use for it.
+
+        Where weights stand is known before, so that nothing is read that is not theirs. Whether they and the modules
+        are as they were is seen while the GPU computes.
+        """
+        served = self._fitting(self._table.get(call.key), call)
+        if served is None or not served.executable.graphs or not bound.weights.in_place():
+            return None
+        if call.past is not None and not served.fits(call.past):
+            return None
+        output = served.run.replayed(call.tensors)
+        return output if bound.weights.changes() is Change.NONE else None
 
     def prepare(self, kwargs: dict[str, Any]) -> Served | Unserved:
         """Capture the signature of these arguments now, whatever mode the model is in."""
@@ -230,14 +250,20 @@ class Dispatch(StandIn):
         known = self._table.get(call.key)
         if known is None or isinstance(known, Unserved):
             return known
-        for served in known:
-            if served.violation(call.tensors) is None:
-                return served
+        fitting = self._fitting(known, call)
+        if fitting is not None:
+            return fitting
         for served in known:
             too_long = served.too_long(call.tensors)
             if too_long is not None:
                 raise InputError(f"{type(self.module).__name__}: {too_long}")
         return None
+
+    @staticmethod
+    def _fitting(known: list[Served] | Unserved | None, call: Call) -> Served | None:
+        if known is None or isinstance(known, Unserved):
+            return None
+        return next((served for served in known if served.violation(call.tensors) is None), None)
 
     def _capture(self, bound: _Bound, call: Call) -> Served | Unserved:
         if len(self.graphs) >= MAX_SIGNATURES:

@@ -61,6 +61,17 @@ class Executable:
                 return self.graphs(values, version)
             return self._arranged(*values)
 
+    def replayed(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """What a call returns, if a CUDA graph serves it; None otherwise.
+
+        The caller has asked `Weights.in_place()` before, and makes no use of it unless `Weights.changes()` says NONE.
+        """
+        if self.graphs is None:
+            return None
+        with torch.no_grad():
+            flat = self.graphs.replayed([tensors[name] for name in self.arguments], self._weights.version)
+        return None if flat is None else self.program.rebuild(flat)
+
     def _values(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         packs = self._weights.packs
         values = [tensors[name] for name in self.arguments]

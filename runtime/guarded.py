@@ -44,7 +44,7 @@ class Guarded:
         """What the model's forward would return."""
         if not self.fast.program.guards:
             return self.fast(tensors)
-        sizes = tuple(tuple(tensors[name].shape) for name in self.fast.arguments)
+        sizes = self._sizes(tensors)
         holds = self._holds.get(sizes)
         if holds is None:
             if len(self._holds) >= REMEMBERED:
@@ -56,6 +56,14 @@ class Guarded:
                     sizes,
                 )
         return self.fast(tensors) if holds else self._with_masks()(tensors)
+
+    def replayed(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The same, if a CUDA graph with the inferred masks serves the call; None otherwise."""
+        holds = not self.fast.program.guards or self._holds.get(self._sizes(tensors), False)
+        return self.fast.replayed(tensors) if holds else None
+
+    def _sizes(self, tensors: Mapping[str, torch.Tensor]) -> Sizes:
+        return tuple(tuple(tensors[name].shape) for name in self.fast.arguments)
 
     def _with_masks(self) -> Executable:
         with self._lock:

