@@ -198,10 +198,13 @@ class Dispatch(StandIn):
         return Unserved(call.unserved) if call.unserved is not None else self._find(self.bound, call)
 
     def once(self, key: Hashable, make: Callable[[Builder], T]) -> T:
-        """What `make` makes of the model, made again only after its weights took another form."""
+        """What `make` makes of the model, made again only after its weights took another form.
+
+        Packed weights are up to date then, with what was written through `.data` as far as `Weights.look_inside` sees.
+        """
         bound = self.bound
         with self._lock:
-            if bound.weights.changes() is not Change.NONE:
+            if bound.weights.changes() is not Change.NONE or bound.weights.look_inside() is not Change.NONE:
                 self._follow(bound)
             if key not in bound.made:
                 with self._making(bound):

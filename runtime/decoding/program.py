@@ -151,8 +151,9 @@ class FlatProgram:
 
     def fingerprint(self) -> Hashable:
         """Another value after the weights were changed in any way: keys and values of before are not these weights'."""
-        live: list[Tensor] = [table[name] for table, name in zip(self._tables, self._names)]
-        return self.version, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in live)
+        live: list[Tensor] = list(map(getitem, self._tables, self._names))
+        versions = tuple([0 if t.is_inference() else t._version for t in live])
+        return self.version, self._weights.writes, versions
 
     def bind(
         self,

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from regraft.kernels.argmax_triton import argmax
+from regraft.kernels.gumbel_triton import launch as add_gumbel
+from regraft.kernels.samples_triton import samples
 from regraft.kernels.table import OPS, PROVIDERS, select
 
 
@@ -176,8 +179,23 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
     ]
 
 
+def beside_ops() -> None:
+    """The kernels of `generate` that are no op's."""
+    scores, drawn = torch.randn(3, 4099, device="cuda"), torch.tensor([True, False, True], device="cuda")
+    numbers = torch.arange(3, device="cuda")
+    if not bool(add_gumbel(scores, numbers, numbers, drawn).isfinite().all()):
+        raise RuntimeError("noise is not finite")
+    if not torch.equal(argmax(scores, torch.zeros(3, dtype=torch.int32, device="cuda")), scores.argmax(-1)):
+        raise RuntimeError("argmax is not torch's")
+    tensors = [torch.ones(count, dtype=torch.uint8, device="cuda") for count in (1, 77, 4099)]
+    places = torch.tensor([(t.data_ptr(), t.numel(), 1) for t in tensors], device="cuda")
+    if not bool((samples(places, 64)[..., 0] == 1).all()):
+        raise RuntimeError("samples are not what stands there")
+
+
 def main() -> None:
     torch.manual_seed(0)
+    beside_ops()
     seen: set[tuple[str, str]] = set()
     for dtype in (torch.bfloat16, torch.float32):
         for name, args, kwargs in calls(dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -42,6 +44,14 @@ def test_greedy_tokens_are_those_of_eager(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
+    _check_followed(model, flat, engine, requests)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    _check_followed(model, flat, engine, requests)
+
+
+def _check_followed(model: Any, flat: FlatProgram, engine: Engine, requests: list[Request]) -> None:
+    """Pages of prompts that were computed with other weights are not shared."""
     assert flat_program(model) is flat
     changed = engine.run(requests, Sampler(flat.vocab, "cpu"))
     fresh = Engine(flat, "cpu", Limits(max_batch_size=3, max_seq_len=64, prefix_sharing=False))
