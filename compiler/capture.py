@@ -27,7 +27,7 @@ from .example_inputs import enlarge, on_device, proposals, same_batch, same_leng
 from .functional import functional
 from .huggingface import Capturing, capturing
 from .lifting import lift, limits_of
-from .module_state import Snapshot, state_of
+from .module_state import Snapshot, choices_kept, state_of
 from .one_tracer import tracing_alone
 from .outputs import Structure, caches, flatten, unknown
 from .positions import bound_lengths
@@ -93,7 +93,7 @@ def _capture(
     files: frozenset[str],
 ) -> Program:
     examples = on_device(values, device)
-    with torch.no_grad(), capturing(model) as state:
+    with torch.no_grad(), choices_kept(model), capturing(model) as state:
         try:
             returned = _checked_run(model, forward, examples, static, state)
         except Exception as error:
@@ -140,6 +140,7 @@ def _concrete_run(
         if kept is not None:  # tables stay: the graph reads them
             before.restore()
             raise CaptureError("", f"its forward keeps {kept} for its next call, which no graph does")
+        before.restore_choices()  # before the trace, which shows what they depend on
         return returned
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+_PLAIN: Final = (int, float, str, tuple, NoneType)
 
 
 class Snapshot:
@@ -20,7 +23,8 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(m): name for name, m in model.named_modules()}
         owners = list(model.modules())
-        self._tables = [(m, t, dict(t)) for m in owners for t in (m.__dict__, m._parameters, m._buffers)]
+        tables = ((m, t) for m in owners for t in (m.__dict__, m._parameters, m._buffers, m._modules))
+        self._tables = [(m, t, dict(t)) for m, t in tables]
         kept = [
             v for _, t, old in self._tables for v in old.values() if _is_state(v) and not isinstance(v, nn.Parameter)
         ]
@@ -46,6 +50,21 @@ class Snapshot:
                     path = ".".join(part for part in (self._names[id(module)], name) if part)
                     found[path] = value.detach().clone() if isinstance(value, Tensor) else value
         return found
+
+    def restore_choices(self) -> None:
+        """Numbers, names and submodules as they were, but for modules that wrote a tensor, which may belong to them.
+
+        Swin shrinks its windows for good where a stage is no larger, BigBird leaves its sparse attention where a text
+        is short: what a look at the model chose is no choice for the calls that follow.
+        """
+        wrote = {name.rpartition(".")[0] for name, value in self.written().items() if isinstance(value, Tensor)}
+        for module, table, old in self._tables:
+            if self._names[id(module)] in wrote:
+                continue
+            for name in old.keys() & table.keys():
+                for kind in (_PLAIN, nn.Module):
+                    if isinstance(old[name], kind) and isinstance(table[name], kind):
+                        table[name] = old[name]
 
     def restore(self) -> None:
         """Everything as it was."""
@@ -79,6 +98,16 @@ def state_kept(model: nn.Module) -> Iterator[Snapshot]:
         yield snapshot
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def choices_kept(model: nn.Module) -> Iterator[None]:
+    """What its forwards choose meanwhile is not chosen afterwards; tables that they make stay."""
+    snapshot = Snapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore_choices()
 
 
 def state_of(

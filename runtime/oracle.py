@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..compiler.module_state import state_kept
+from ..compiler.module_state import choices_kept, state_kept
 from ..compiler.verify import upcast
 
 CHUNK = 1 << 22
@@ -112,7 +112,7 @@ def run_reference(
     module: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], *, eager: bool = True
 ) -> Any:
     """The original forward in the model's precision, with the model's own eager attention or as it is configured."""
-    with eager_implementations(module) if eager else nullcontext():
+    with choices_kept(module), eager_implementations(module) if eager else nullcontext():
         return forward(**inputs)
 
 

@@ -76,6 +76,21 @@ class Tables(nn.Module):
         return torch.tanh(self.linear(x)) * self.table
 
 
+class Narrows(nn.Module):
+    """Chooses for good where its input is short, as Swin does with its windows and BigBird with its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.window, self.kind = nn.Linear(4, 4), 8, "sparse"
+        self.inner: nn.Module = nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] <= self.window:
+            self.window, self.kind, self.inner = 1, "full", nn.SiLU()
+        y: torch.Tensor = self.inner(self.linear(x)) * self.window
+        return y if self.kind == "sparse" else y - 1
+
+
 def three_calls(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RegraftWarning)
@@ -114,3 +129,18 @@ def test_tables_are_none() -> None:
     for a, b in zip(three_calls(model, x), expected, strict=True):
         assert (a - b).abs().max() <= 4 * torch.finfo(torch.float32).eps * b.abs().max()
     assert model.report.calls == {"graph": 3, "original": 0}
+
+
+def test_what_an_example_chose_is_not_chosen_for_later_calls() -> None:
+    torch.manual_seed(0)
+    plain, short, long = Narrows().eval(), torch.randn(2, 5, 4), torch.randn(2, 30, 4)
+    expected = [copy.deepcopy(plain)(x) for x in (long, short)]
+    model = regraft.optimize(copy.deepcopy(plain), example_inputs={"x": short}, verbose=False)
+    inner = model.inner
+    assert model.report.signatures[0].served
+    for x, wanted in zip((long, short, long), [*expected, expected[0]], strict=True):
+        torch.testing.assert_close(model(x), wanted.detach())
+        assert (model.window, model.kind, model.inner) == (8, "sparse", inner)
+    assert model.report.calls == {"graph": 3, "original": 0}
+    restored = regraft.restore(model)
+    torch.testing.assert_close(restored(long), expected[0])
