@@ -119,8 +119,8 @@ class Graphs:
         self.refused: str | None = None
         """Why no further graph is made."""
 
-    def replayed(self, given: Sequence[Tensor], version: object) -> list[Any] | None:
-        """What the graph for these gives, if there is one that may run; the other values are known to be in place."""
+    def replayed(self, given: Sequence[Tensor], version: object, may: Callable[[], bool]) -> list[Any] | None:
+        """What the graph for these gives, if there is one and `may()` says that the other values are in place."""
         device = _common_device(given) if self._graphs else None
         if device is None:
             return None
@@ -128,7 +128,7 @@ class Graphs:
         with shared.lock:
             stream = torch.cuda.current_stream(device).cuda_stream
             captured = self._free(key, stream) if version == self._version else None
-            return None if captured is None else self._replay(shared, captured, given)
+            return self._replay(shared, captured, given) if captured is not None and may() else None
 
     def __call__(self, values: Sequence[Any], version: object) -> Any:
         """What `function(*values)` returns."""

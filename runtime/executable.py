@@ -61,15 +61,15 @@ class Executable:
                 return self.graphs(values, version)
             return self._arranged(*values)
 
-    def replayed(self, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """What a call returns, if a CUDA graph serves it; None otherwise.
+    def replayed(self, tensors: Mapping[str, torch.Tensor], may: Callable[[], bool]) -> Any:
+        """What a call returns, if there is a CUDA graph for it and `may()` says that it may run; None otherwise.
 
-        The caller has asked `Weights.in_place()` before, and makes no use of it unless `Weights.changes()` says NONE.
+        Weights must neither move before this returns nor, for what it returns to be right, have changed.
         """
         if self.graphs is None:
             return None
         with torch.no_grad():
-            flat = self.graphs.replayed([tensors[name] for name in self.arguments], self._weights.version)
+            flat = self.graphs.replayed([tensors[name] for name in self.arguments], self._weights.version, may)
         return None if flat is None else self.program.rebuild(flat)
 
     def _values(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -57,10 +57,10 @@ class Guarded:
                 )
         return self.fast(tensors) if holds else self._with_masks()(tensors)
 
-    def replayed(self, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """The same, if a CUDA graph with the inferred masks serves the call; None otherwise."""
+    def replayed(self, tensors: Mapping[str, torch.Tensor], may: Callable[[], bool]) -> Any:
+        """The same, if a CUDA graph with the inferred masks serves the call and `may()`; None otherwise."""
         holds = not self.fast.program.guards or self._holds.get(self._sizes(tensors), False)
-        return self.fast.replayed(tensors) if holds else None
+        return self.fast.replayed(tensors, may) if holds else None
 
     def _sizes(self, tensors: Mapping[str, torch.Tensor]) -> Sizes:
         return tuple(tuple(tensors[name].shape) for name in self.fast.arguments)

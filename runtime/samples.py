@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SAMPLES: Final = 64
 """Elements of each tensor."""
@@ -21,40 +22,48 @@ class Samples:
     """What some elements of each of a list of tensors were when they were last looked at."""
 
     def __init__(self) -> None:
-        self._taken: list[Tensor] = []
+        self.taken: list[Tensor] = []
         self._state: object = None
-        self._table: Tensor | None = None
-        self._others: list[Tensor] = []
+        self._tables: list[Tensor] = []
+        self._on_cpu: list[Tensor] = []
 
     @torch.no_grad()
     def changed(self, tensors: Sequence[Tensor], state: object) -> bool:
         """Whether any is another than at the last look, if there was one. The host waits for the device.
 
         Args:
+            tensors: those without memory of their own, such as on the meta device, are left out.
             state: equal to that of the last look where all tensors are where they were, of the same sizes.
         """
         if state != self._state:
-            rows = [(t.data_ptr(), elements_in_a_row(t), t.element_size()) for t in tensors if t.is_cuda]
-            device = next((t.device for t in tensors if t.is_cuda), None)
-            self._table = torch.tensor(rows, dtype=torch.int64, device=device) if rows else None
-            self._others = [t for t in tensors if not t.is_cuda]
+            readable = [t for t in tensors if _is_readable(t)]
+            self._tables = [_table(readable, d) for d in dict.fromkeys(t.device for t in readable if t.is_cuda)]
+            self._on_cpu = [t for t in readable if not t.is_cuda]
             self._state = state
-        before, self._taken = self._taken, [*self._on_gpu(), *map(_bytes, self._others)]
-        now = self._taken
+        now = [*map(_read, self._tables), *map(_bytes, self._on_cpu)]
+        before, self.taken = self.taken, now
         return bool(before) and (len(now) != len(before) or not all(map(_equal, now, before)))
 
-    def renew(self, tensors: Sequence[Tensor], state: object) -> None:
-        """What is there now is what the next look compares with, if there was a look before."""
-        if self._taken:
-            self.changed(tensors, state)
 
-    def _on_gpu(self) -> list[Tensor]:
-        if self._table is None:
-            return []
-        from ..kernels.samples_triton import samples  # Triton is not there on every platform
+def _is_readable(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        return False
+    if tensor.device.type not in ("cpu", "cuda"):
+        return False
+    end = tensor.storage_offset() + elements_in_a_row(tensor)
+    return end * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
-        with torch.cuda.device(self._table.device):
-            return [samples(self._table, SAMPLES)]
+
+def _table(tensors: list[Tensor], device: torch.device) -> Tensor:
+    rows = [(t.data_ptr(), elements_in_a_row(t), t.element_size()) for t in tensors if t.device == device]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _read(table: Tensor) -> Tensor:
+    from ..kernels.samples_triton import samples  # Triton is not there on every platform
+
+    with torch.cuda.device(table.device):
+        return samples(table, SAMPLES)
 
 
 def elements_in_a_row(tensor: Tensor) -> int:
@@ -70,8 +79,9 @@ def elements_in_a_row(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    row = tensor.detach().as_strided((elements_in_a_row(tensor),), (1,))
-    return row[:: max(1, len(row) // SAMPLES)].clone().view(torch.uint8)
+    count = elements_in_a_row(tensor)
+    row = tensor.detach().as_strided((count,), (1,))
+    return row[:: max(1, (count - 1) // (SAMPLES - 1))][:SAMPLES].clone().view(torch.uint8)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -29,6 +29,7 @@ from .weight_layout import Room
 PackKey = tuple[Any, ...]
 
 _dtype = attrgetter("dtype")
+_nbytes = attrgetter("nbytes")
 _shape = attrgetter("shape")
 
 
@@ -70,11 +71,13 @@ class Weights:
         self.packs: dict[PackKey, Pack] = {}
         self.version = 0
         """Another number whenever a weight may be another tensor, or stand elsewhere."""
-        self._pointers: list[int] = []
-        self._packed: list[tuple[PackKey, int]] = []
+        self._told: tuple[Any, ...] = ()
         self._laid_out = False
         self.writes = 0
         """Another number after values were written past PyTorch's counts, as far as `look_inside` saw it."""
+        self.noted = 0
+        """Another number whenever what was there was taken for what `changes` compares with."""
+        self._samples = Samples()
         self._look()
 
     # -- what is there now ------------------------------------------------------------------------------------------
@@ -103,29 +106,34 @@ class Weights:
         self.slots = slots
         self._tables = [s[0] for s in slots.values()]
         self._names = [s[1] for s in slots.values()]
-        self._samples = Samples()
         self._note(list(map(getitem, self._tables, self._names)))
 
     def _note(self, tensors: list[torch.Tensor]) -> None:
-        pointers = list(map(torch.Tensor.data_ptr, tensors))
-        packed = [(key, pack.value.data_ptr()) for key, pack in self.packs.items()]
-        if (pointers, packed) != (self._pointers, self._packed):
-            self.version += 1
-        self._tensors, self._pointers, self._packed = tensors, pointers, packed
+        self.noted += 1
+        self._tensors = tensors
+        self._pointers = list(map(torch.Tensor.data_ptr, tensors))
+        self._bytes = list(map(_nbytes, tensors))
         self._strides = list(map(torch.Tensor.stride, tensors))
         self._dtypes = list(map(_dtype, tensors))
         self._shapes = list(map(_shape, tensors))
         self._sizes = list(map(torch.Tensor.numel, tensors))
+        packed = [(key, pack.value.data_ptr()) for key, pack in self.packs.items()]
+        told = (self._pointers, self._strides, self._dtypes, self._shapes, packed)
+        if told != self._told:
+            self.version += 1
+            self._told = told
         self._devices = [t.device for t in tensors]
         self._ties = _ties(tensors)
 
     def in_place(self) -> bool:
-        """Whether every weight stands where it stood: a part of what `changes` asks, in a fifth of its time."""
+        """Whether every weight stands where it stood, as large as it was: a part of what `changes` asks, and faster."""
         try:
             now = list(map(getitem, self._tables, self._names))
         except KeyError:
             return False
-        return all(map(is_, now, self._tensors)) and list(map(torch.Tensor.data_ptr, now)) == self._pointers
+        if not all(map(is_, now, self._tensors)):
+            return False
+        return list(map(torch.Tensor.data_ptr, now)) == self._pointers and list(map(_nbytes, now)) == self._bytes
 
     def changes(self) -> Change:
         """Compare what is there with what was: a few tens of microseconds, at each call."""
@@ -150,8 +158,8 @@ class Weights:
     def look_inside(self) -> Change:
         """Compare values themselves, by samples: what was written through `.data` is counted nowhere.
 
-        VALUES where they are others than at the last look; then copies have to be made again. `changes` has just said
-        NONE. The host waits for the device.
+        VALUES where they are others than at the last look, or than when the first copy was made; then copies have to be
+        made again. `changes` has been followed before. The host waits for the device.
         """
         if not self._samples.changed(self._tensors, self.version):
             return Change.NONE
@@ -177,6 +185,7 @@ class Weights:
 
     def look_again(self) -> None:
         """After `Change.FORM`: forget what was packed and start from what is there now."""
+        self._samples = Samples()
         self.restore()
 
     @plainly()
@@ -191,7 +200,6 @@ class Weights:
             elif not (_fresh(pack) and all(map(is_, sources, pack.sources))):
                 self.packs[key] = self._copy(pack.recipe)
         self._note(list(map(getitem, self._tables, self._names)))
-        self._samples.renew(self._tensors, self.version)
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -231,6 +239,8 @@ class Weights:
         for key, recipe in wanted.items():
             self._make(key, recipe)
         self._note(list(map(getitem, self._tables, self._names)))
+        if not self._samples.taken and not all(pack.views for pack in self.packs.values()):
+            self.look_inside()
 
     def _lay_out(self, wanted: dict[PackKey, Recipe], device: torch.device) -> None:
         """Pack and move on this device; what has no place in the order of the model stays in `wanted`."""

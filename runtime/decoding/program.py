@@ -150,7 +150,10 @@ class FlatProgram:
         return self._weights.version
 
     def fingerprint(self) -> Hashable:
-        """Another value after the weights were changed in any way: keys and values of before are not these weights'."""
+        """Another value after the weights were changed: keys and values of before are not these weights'.
+
+        As far as PyTorch counts what is written, and samples show what it does not (`Weights.look_inside`).
+        """
         live: list[Tensor] = list(map(getitem, self._tables, self._names))
         versions = tuple([0 if t.is_inference() else t._version for t in live])
         return self.version, self._weights.writes, versions

@@ -136,6 +136,34 @@ def test_copies_watch_the_versions_of_their_sources() -> None:
     assert torch.equal(value(weights), 2 * replaced.detach())
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_copies_follow_what_was_written_through_data(counted: bool) -> None:
+    """Also where something else was written that PyTorch counts, and before anybody looked."""
+    model = tiny_llama()
+    weights = packed(model, doubled(QKV[0]), doubled(QKV[1]))
+    for _ in range(2):
+        model.get_parameter(QKV[0]).data.mul_(3)
+        if counted:
+            with torch.no_grad():
+                model.get_parameter(QKV[1]).mul_(1.5)
+        settle(weights)
+        writes = weights.writes
+        assert weights.look_inside() is Change.VALUES and weights.writes != writes
+        assert settle(weights) is Change.VALUES
+        for pack, name in zip(weights.packs.values(), QKV):
+            assert torch.equal(pack.value, 2 * model.get_parameter(name).detach())
+        version = weights.version
+        assert weights.look_inside() is Change.NONE and weights.changes() is Change.NONE and weights.version == version
+
+
+def test_another_form_at_the_same_place_is_another_version() -> None:
+    model: Any = tiny_llama()
+    weights = packed(model, concatenation(*QKV))
+    version, out = weights.version, model.model.layers[0].self_attn.o_proj
+    out.weight = nn.Parameter(out.weight.data.t())
+    assert settle(weights) is Change.VALUES and weights.version != version
+
+
 def test_buffers_that_the_model_exchanges_itself_are_no_change() -> None:
     """Beyond 16 positions the original puts other frequencies into a buffer, and the first ones back below."""
     plain, _ = zoo.build("phi3_longrope", layers=1)

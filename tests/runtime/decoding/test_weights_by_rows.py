@@ -58,7 +58,13 @@ def through_data(model: Any) -> None:
     model.get_parameter(MATRICES[3]).data.copy_(model.get_parameter(MATRICES[3]).data.flip(0))
 
 
-@pytest.mark.parametrize("change", [counted, through_data])
+def both(model: Any) -> None:
+    model.get_parameter(MATRICES[0]).data.mul_(-3)
+    with torch.no_grad():
+        model.get_parameter(MATRICES[3]).mul_(2)
+
+
+@pytest.mark.parametrize("change", [counted, through_data, both])
 def test_tokens_are_the_same_and_follow_the_weights(room: Callable[[int], None], change: Callable[[Any], None]) -> None:
     room(SIZE)
     model, plain = regraft.optimize(tiny_gpt2(), verbose=False), tiny_gpt2()
