@@ -43,6 +43,7 @@ def _figures(report: Report, entry: SignatureRecord) -> list[str]:
             f"parity on {len(certificate.measured)} batches: error {worst.error:.1e}, the original's "
             f"{worst.error_original:.1e}"
         )
+        parts += [f"passing shows little of {doubt}" for doubt in certificate.doubts[:1]]
     memory = report.record.memory
     extra = memory.get("packed_copies", 0)
     parts.append(f"weights {memory.get('weights', 0) / 2**20:.0f} MiB, {extra / 2**20:.1f} MiB more for packed copies")

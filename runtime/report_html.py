@@ -191,6 +191,7 @@ def _certificate(main: SignatureRecord | None) -> str:
     head = ["batch", "worst output", "#original's error", "#error", "#allowed", "#KL", "#greedy agreement", ""]
     said = [f"Errors are against {certificate.oracle}." if certificate.oracle else "", certificate.reason]
     said += [f"Skipped: {s}." for s in certificate.skipped]
+    said += [f"Passing shows little of {d}." for d in certificate.doubts]
     return _table(head, rows) + f"<p class=soft>{escape(' '.join(filter(None, said)))}</p>"
 
 

@@ -138,7 +138,8 @@ def _certificate(main: SignatureRecord) -> list[str]:
         text += f", KL {max(kl):.0e}"
     if greedy:
         text += f", greedy {100 * min(greedy):.4g} %"
-    return [_line("Certificate", text), _line("", f"on {cases}; against {certificate.oracle}")]
+    lines = [_line("Certificate", text), _line("", f"on {cases}; against {certificate.oracle}")]
+    return lines + _section("Doubtful", list(certificate.doubts), 2)
 
 
 def _cost(report: Report) -> list[str]:

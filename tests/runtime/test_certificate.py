@@ -155,6 +155,29 @@ def test_a_wrong_graph_is_never_served(factor: float) -> None:
     assert model.forward.record.calls == {"graph": 0, "original": 1}
 
 
+class _Chaotic(torch.nn.Module):
+    """Whose result is another one in every precision, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        return y, torch.sin(3e8 * y)
+
+
+def test_a_certificate_says_where_it_shows_little() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 9, 8)}
+    model = regraft.optimize(_Chaotic().eval(), example_inputs=inputs, verbose=False)
+    certificate = model.report.signatures[0].certificate
+    assert certificate is not None and certificate.passed
+    assert certificate.doubts and all(doubt.startswith("1 (") for doubt in certificate.doubts)
+    assert "Doubtful" in str(model.report) and "the graph is within 0.0e+00 of it" in str(model.report)
+    assert "shows little of 1 (" in model.report.to_html()
+
+
 def test_a_right_graph_is_certified_on_every_case() -> None:
     model = optimized(tiny_llama())
     (entry,) = model.forward.record.signatures
