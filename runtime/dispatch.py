@@ -193,7 +193,7 @@ class Dispatch(StandIn):
             return None
         try:
             noted = bound.weights.noted
-            output = served.run.replayed(call.tensors, bound.weights.in_place)
+            output = served.run.replayed(call.tensors, bound.weights.unmoved)
         finally:
             self._lock.release()
         if output is None or bound.weights.changes() is not Change.NONE or bound.weights.noted != noted:

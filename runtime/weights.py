@@ -116,7 +116,6 @@ class Weights:
         self._strides = list(map(torch.Tensor.stride, tensors))
         self._dtypes = list(map(_dtype, tensors))
         self._shapes = list(map(_shape, tensors))
-        self._sizes = list(map(torch.Tensor.numel, tensors))
         packed = [(key, pack.value.data_ptr()) for key, pack in self.packs.items()]
         told = (self._pointers, self._strides, self._dtypes, self._shapes, packed)
         if told != self._told:
@@ -125,7 +124,7 @@ class Weights:
         self._devices = [t.device for t in tensors]
         self._ties = _ties(tensors)
 
-    def in_place(self) -> bool:
+    def unmoved(self) -> bool:
         """Whether every weight stands where it stood, as large as it was: a part of what `changes` asks, and faster."""
         try:
             now = list(map(getitem, self._tables, self._names))
@@ -144,7 +143,7 @@ class Weights:
         except KeyError:
             return Change.FORM
         if all(map(is_, now, self._tensors)):
-            if list(map(_dtype, now)) != self._dtypes or list(map(torch.Tensor.numel, now)) != self._sizes:
+            if list(map(_dtype, now)) != self._dtypes or list(map(_nbytes, now)) != self._bytes:
                 return Change.FORM
             if list(map(torch.Tensor.stride, now)) != self._strides:
                 return Change.FORM

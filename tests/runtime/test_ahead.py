@@ -100,11 +100,11 @@ def test_nothing_is_looked_at_twice(gptj: tuple[Any, torch.Tensor], monkeypatch:
 
         return call
 
-    for name in ("changes", "in_place"):
+    for name in ("changes", "unmoved"):
         monkeypatch.setattr(Weights, name, counted(name, getattr(Weights, name)))
     served = model.report.calls["graph"]
     torch.testing.assert_close(model(ids).logits, original(model, ids))
-    assert captured(model).launched == 1 and asked == ["in_place", "changes"]
+    assert captured(model).launched == 1 and asked == ["unmoved", "changes"]
     asked.clear()
     model(ids[:, :5])  # of these shapes there is no graph
     assert captured(model).launched == 1 and asked == ["changes"]

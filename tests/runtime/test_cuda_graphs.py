@@ -78,6 +78,10 @@ def _override(model: Any) -> None:
     model.transformer.h[0].mlp.forward = torch.zeros_like
 
 
+NEAR = 4e-3
+"""A tenth of what the least of these changes does to a logit."""
+
+
 @pytest.mark.parametrize("change", [_write, _transpose, _override])
 def test_what_a_graph_gave_that_was_launched_ahead_is_not_used_after_a_change(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
@@ -103,11 +107,11 @@ def test_what_a_graph_gave_that_was_launched_ahead_is_not_used_after_a_change(
         want = model.forward.original(input_ids=ids).logits
         got = model(ids).logits
     assert launched[0] is not None
-    torch.testing.assert_close(got, want, rtol=0, atol=4e-3)
-    assert not torch.allclose(before, want, rtol=0, atol=4e-3)
+    torch.testing.assert_close(got, want, rtol=0, atol=NEAR)
+    assert not torch.allclose(before, want, rtol=0, atol=NEAR)
     served = model.report.calls["graph"]
     for _ in range(5):
-        torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=4e-3)
+        torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=NEAR)
     assert model.report.calls["graph"] == served + 5
 
 

@@ -113,9 +113,9 @@ def exchange(model: nn.Module) -> None:
 def test_other_storage_is_noticed_and_becomes_a_view_again(change: Any) -> None:
     model = tiny_llama()
     weights = packed(model, concatenation(*QKV))
-    assert weights.in_place()
+    assert weights.unmoved()
     change(model)
-    assert not weights.in_place()
+    assert not weights.unmoved()
     expected = torch.cat([p.detach().clone() for p in parameters(model, QKV)])
     assert settle(weights) is Change.VALUES
     assert torch.equal(value(weights), expected)
@@ -128,7 +128,7 @@ def test_copies_watch_the_versions_of_their_sources() -> None:
     weights = packed(model, doubled(QKV[0]))
     with torch.no_grad():
         model.get_parameter(QKV[0]).add_(1)
-    assert weights.in_place() and settle(weights) is Change.VALUES
+    assert weights.unmoved() and settle(weights) is Change.VALUES
     assert torch.equal(value(weights), 2 * model.get_parameter(QKV[0]).detach())
     replaced = nn.Parameter(torch.randn_like(model.get_parameter(QKV[0])))
     model.model.layers[0].self_attn.q_proj.weight = replaced
